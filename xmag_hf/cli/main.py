@@ -1,0 +1,91 @@
+"""Entry of `xmag`: a table of verb to module, imported only when the verb is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from xmag_hf._version import __version__
+
+# verb -> (module, one line for `xmag --help`). A module offers EXAMPLE, add_arguments and run.
+VERBS = {
+    "corpus": ("xmag_hf.cli.corpus", "slides -> paired 20x/5x corpus (Parquet, load_dataset-able)"),
+    "distill": ("xmag_hf.cli.distill", "corpus + 20x teacher -> 5x student folder"),
+    "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: Arguments without the program's name; default `sys.argv[1:]`.
+
+    Returns:
+        0 all done, 1 something failed, 2 wrong usage (argparse exits with it itself).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] not in VERBS:
+        return _top_level(argv)
+    return run_verb(argv[0], argv[1:])
+
+
+def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
+    """Parse `argv` for `verb`, run it, and turn expected errors into one clear line.
+
+    Args:
+        verb: A key of `VERBS`.
+        argv: The verb's own arguments.
+        prog: Program name shown by `--help`; default `xmag VERB`.
+
+    Returns:
+        The exit code: 0 done, 1 failed.
+    """
+    module = importlib.import_module(VERBS[verb][0])
+    prog = prog or f"xmag {verb}"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=module.__doc__,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, only results")
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s", force=True
+    )
+    try:
+        return module.run(args, parser)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; run the same command again to resume", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        # These carry subject, value and remedy. Anything else is a bug and keeps its traceback.
+        if os.environ.get("XMAG_DEBUG"):
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+
+
+def _top_level(argv: list[str]) -> int:
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="xmag",
+        description="Distil a 20x pathology encoder into a 5x student, and use it.",
+        epilog=f"verbs (each has --help with an example):\n{verbs}\n\n"
+        "XMAG_DEBUG=1 shows the traceback behind an error message.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"xmag_hf {__version__}")
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")
+    if not argv:
+        parser.print_help()
+        return 2
+    parser.parse_args(argv[:1])
+    return 0

@@ -1,0 +1,80 @@
+"""Command-line options read off a dataclass, so that a default has one home."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+
+def add_options(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
+    """Add one option for each field of the dataclass `options`.
+
+    A field `output_dir` becomes `--output-dir`, and `--output_dir` is taken too. Help text and
+    choices come from `field(metadata={"help": ..., "choices": ...})`; a field without a default is
+    required; a bool gets `--name` and `--no-name`; a tuple is given by repeating the option.
+
+    Args:
+        parser: Gets the options.
+        options: A dataclass type.
+        skip: Field names that the verb takes in another way (positional slides, say).
+    """
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if field.name in skip:
+            continue
+        default = _default(field)
+        required = default is dataclasses.MISSING
+        shown = "required" if required else f"default: {_shown(default)}"
+        keywords: dict[str, Any] = {
+            "dest": field.name,
+            "required": required,
+            "default": None if required else default,
+            "help": f"{field.metadata.get('help', '')} ({shown})".replace("%", "%%"),
+        }
+        keywords |= _type_keywords(hints[field.name], field)
+        hyphens = "--" + field.name.replace("_", "-")
+        underscores = "--" + field.name
+        parser.add_argument(*dict.fromkeys([hyphens, underscores]), **keywords)
+
+
+def read_options(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:
+    """Build the dataclass `options` from parsed arguments; `given` fills skipped fields."""
+    names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    parsed = {name: value for name, value in vars(args).items() if name in names}
+    for name, value in parsed.items():
+        if isinstance(value, list):
+            parsed[name] = tuple(value)
+    return options(**(parsed | given))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _shown(default: Any) -> str:
+    if default is None or default == ():
+        return "none"
+    return str(default)
+
+
+def _type_keywords(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    keywords: dict[str, Any] = {"metavar": field.metadata.get("metavar", "VALUE")}
+    if typing.get_origin(hint) is tuple:
+        keywords |= {"action": "extend", "nargs": "+", "type": typing.get_args(hint)[0]}
+    else:
+        keywords["type"] = hint
+    if "choices" in field.metadata:
+        keywords["choices"] = field.metadata["choices"]
+        del keywords["metavar"]
+    return keywords
