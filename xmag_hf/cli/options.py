@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser, options: type, skip: tuple[str,
         keywords: dict[str, Any] = {
             "dest": field.name,
             "required": required,
-            "default": None if required else default,
+            "default": None if required else _mutable(default),
             "help": f"{field.metadata.get('help', '')} ({shown})".replace("%", "%%"),
         }
         keywords |= _type_keywords(hints[field.name], field)
@@ -56,6 +56,11 @@ def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def _mutable(default: Any) -> Any:
+    """A tuple as the list that argparse's `extend` appends to."""
+    return list(default) if isinstance(default, tuple) else default
 
 
 def _shown(default: Any) -> str:

@@ -1,0 +1,61 @@
+"""A teacher whose features can be computed by hand, and options that run in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from xmag_hf.distillation.options import DistillOptions
+
+
+class MeanColour(nn.Module):
+    """Mean R, G, B of a patch: the same for all eight views of it."""
+
+    name, revision, precision = "mean-colour", "sha256:0", "fp32"
+    normalisation, licence, embed_dim = "mean 0 sd 255", "none", 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(255.0), requires_grad=False)
+        self.seen = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen += len(images)
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        return images.mean((-1, -2)) * self.scale / 255
+
+
+@pytest.fixture
+def teacher() -> MeanColour:
+    return MeanColour()
+
+
+@pytest.fixture
+def use_teacher(monkeypatch: pytest.MonkeyPatch, teacher: MeanColour) -> MeanColour:
+    """Let runs find the fake teacher under any name."""
+    monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", lambda *a, **k: teacher)
+    monkeypatch.setattr("xmag_hf.distillation.trainer.check_encoder", lambda *a, **k: None)
+    return teacher
+
+
+@pytest.fixture
+def options(pair_corpus: Path, tmp_path: Path) -> Callable[..., DistillOptions]:
+    def make(**changes: object) -> DistillOptions:
+        values = {
+            "data": str(pair_corpus),
+            "teacher": "mean-colour",
+            "student": "tiny",
+            "output_dir": str(tmp_path / "run"),
+            "cache_dir": str(tmp_path / "cache"),
+            "batch_size": 4,
+            "max_steps": 4,
+            "num_workers": 0,
+            "log_steps": 1,
+        }
+        return DistillOptions(**(values | changes))
+
+    return make

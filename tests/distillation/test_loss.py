@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics.pairwise import cosine_similarity
+
+from xmag_hf.distillation.loss import DistillationLoss, mean_pairwise_cosine, negative_cosine
+
+
+def test_negative_cosine_is_sklearns() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(7, 5)), rng.normal(size=(7, 5))
+    expected = -np.diag(cosine_similarity(a, b)).mean()
+    assert negative_cosine(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, 1e-5)
+
+
+def test_teacher_gets_no_gradient_and_zero_vectors_no_nan() -> None:
+    prediction = torch.zeros(2, 3, requires_grad=True)
+    target = torch.ones(2, 3, requires_grad=True)
+    loss = negative_cosine(prediction, target)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert target.grad is None
+    assert prediction.grad is not None and prediction.grad.isfinite().all()
+
+
+def test_loss_is_one_global_plus_half_local_by_hand() -> None:
+    torch.manual_seed(0)
+    loss = DistillationLoss(6, 4).double().eval()
+    pooled, spatial = torch.randn(3, 6).double(), torch.randn(3, 16, 6).double()
+    teacher = torch.randn(3, 16, 4).double()
+    got = loss(pooled, spatial, teacher)
+
+    def head(weights: dict, x: np.ndarray) -> np.ndarray:
+        """Linear -> BatchNorm (fresh running statistics: 0 and 1) -> erf GELU -> Linear."""
+        from scipy.special import erf
+
+        h = x @ weights["0.weight"].T + weights["0.bias"]
+        h = h / np.sqrt(1 + 1e-5)
+        h = 0.5 * h * (1 + erf(h / np.sqrt(2)))
+        return h @ weights["3.weight"].T + weights["3.bias"]
+
+    def weights(module: torch.nn.Module) -> dict:
+        return {k: v.numpy() for k, v in module.state_dict().items()}
+
+    g = head(weights(loss.global_head), pooled.numpy())
+    expected_global = -np.diag(cosine_similarity(g, teacher.numpy().mean(1))).mean()
+    local = head(weights(loss.local_head), spatial.numpy().reshape(48, 6))
+    expected_local = -np.diag(cosine_similarity(local, teacher.numpy().reshape(48, 4))).mean()
+    assert got["loss_global"].item() == pytest.approx(expected_global, rel=1e-5)
+    assert got["loss_local"].item() == pytest.approx(expected_local, rel=1e-5)
+    assert got["loss"].item() == pytest.approx(expected_global + 0.5 * expected_local, rel=1e-5)
+
+
+def test_local_batchnorm_sees_all_cells_at_once() -> None:
+    loss = DistillationLoss(2, 3)
+    loss(torch.randn(4, 2), torch.randn(4, 16, 2), torch.randn(4, 16, 3))
+    hidden = []
+    loss.local_head[1].register_forward_hook(lambda m, i, o: hidden.append(o))
+    loss(torch.randn(4, 2), torch.randn(4, 16, 2), torch.randn(4, 16, 3))
+    assert hidden[0].shape == (64, 3)
+    assert hidden[0].mean(0).abs().max() < 1e-5  # normalised over the 64 rows together
+
+
+def test_mismatched_cells_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not belong"):
+        DistillationLoss(2, 3)(torch.zeros(4, 2), torch.zeros(4, 9, 2), torch.zeros(4, 16, 3))
+    with pytest.raises(ValueError, match="differ"):
+        negative_cosine(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_collapse_indicator_by_brute_force() -> None:
+    rows = np.random.default_rng(1).normal(size=(6, 9)) + 0.5
+    pairs = [cosine_similarity(rows[[i]], rows[[j]])[0, 0] for i in range(6) for j in range(i)]
+    got = mean_pairwise_cosine(torch.tensor(rows)).item()
+    assert got == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert mean_pairwise_cosine(torch.ones(5, 3)).item() == pytest.approx(1.0)

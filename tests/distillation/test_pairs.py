@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from xmag_hf.distillation.corpus import Corpus, open_corpus
+from xmag_hf.distillation.options import DistillationError
+from xmag_hf.distillation.pairs import (
+    PairReader,
+    Placement,
+    batches,
+    micro_batches_per_epoch,
+)
+from xmag_hf.distillation.teacher_cache import (
+    TeacherFeatures,
+    build_cache,
+    finish_cache,
+    teacher_identity,
+)
+
+
+@pytest.fixture
+def corpus(pair_corpus: Path) -> Corpus:
+    return open_corpus(str(pair_corpus))
+
+
+LIVE = PairReader(None, dihedral=True, color_jitter=True, seed=5)
+
+
+def _rows(corpus, options, world=1, rank=0, start=0, stop=6, rows=None) -> list[list[int]]:
+    rows = np.arange(24) if rows is None else rows
+    found = batches(corpus, rows, LIVE, options, Placement(rank, world), start=start, stop=stop)
+    return [batch["row"].tolist() for batch in found]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_epoch_shows_each_row_once_and_epochs_differ(corpus, options, streaming: bool) -> None:
+    chosen = options(streaming=streaming)
+    twelve = _rows(corpus, chosen, stop=12)
+    first, second = sum(twelve[:6], []), sum(twelve[6:], [])
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert first != second
+    assert first != list(range(24))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ranks_share_no_row(corpus, options, streaming: bool) -> None:
+    chosen = options(streaming=streaming)
+    a = _rows(corpus, chosen, world=2, rank=0, stop=3)
+    b = _rows(corpus, chosen, world=2, rank=1, stop=3)
+    assert sorted(sum(a, []) + sum(b, [])) == list(range(24))
+
+
+def test_the_global_batch_does_not_depend_on_the_split(corpus, options) -> None:
+    whole = _rows(corpus, options(batch_size=8), stop=3)
+    halves = [_rows(corpus, options(), world=2, rank=r, stop=3) for r in range(2)]
+    assert whole == [a + b for a, b in zip(*halves, strict=True)]
+
+
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (True, 0), (True, 2), (False, 2)])
+def test_starting_late_gives_the_same_batches(corpus, options, streaming, workers) -> None:
+    chosen = options(streaming=streaming, num_workers=workers)
+    args = (corpus, np.arange(24), LIVE, chosen, Placement())
+    whole = list(batches(*args, start=0, stop=9))
+    late = list(batches(*args, start=7, stop=9))
+    for a, b in zip(whole[7:], late, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_streamed_ranks_with_held_out_rows_stop_together(corpus, options, world: int) -> None:
+    """Three ranks over two shards: split by row, and an uneven training set."""
+    chosen = options(streaming=True, batch_size=2)
+    rows = np.array([0, 1, 2, 5, 6, 9, 12, 13, 14, 15, 20, 21, 23])
+    steps = micro_batches_per_epoch(corpus, rows, chosen, world)
+    seen = [_rows(corpus, chosen, world, r, stop=steps, rows=rows) for r in range(world)]
+    flat = [row for rank in seen for batch in rank for row in batch]
+    assert all(len(rank) == steps for rank in seen)
+    assert len(set(flat)) == len(flat) and set(flat) <= set(rows.tolist())
+
+
+def test_cached_targets_are_those_of_the_view(corpus, options, teacher, tmp_path: Path) -> None:
+    """Mean colour does not care how a cell is turned, so live and cached targets must agree."""
+    finish_cache(build_cache(corpus, teacher, tmp_path))
+    identity = teacher_identity(teacher, corpus)
+    features = TeacherFeatures(tmp_path / identity.key, corpus, identity)
+    cached = dataclasses.replace(LIVE, features=features)
+    assert cached.columns == ["image_5x"]  # the 20x JPEG is not even read
+    args = (corpus, np.arange(24), options(), Placement())
+    pairs = zip(
+        batches(args[0], args[1], LIVE, *args[2:], start=0, stop=6),
+        batches(args[0], args[1], cached, *args[2:], start=0, stop=6),
+        strict=True,
+    )
+    for live, kept in pairs:
+        assert torch.equal(live["image_5x"], kept["image_5x"])
+        targets = teacher(live["sub_patches"].flatten(0, 1)).unflatten(0, (-1, 16))
+        assert (targets - kept["features"].float()).abs().max() < 1e-3
+
+
+def test_views_of_both_magnifications_show_the_same_tissue(corpus, options) -> None:
+    """The sixteen sub-patches, put together and reduced by 4, are the 5x view."""
+    differences = []
+    for batch in batches(corpus, np.arange(24), LIVE, options(), Placement(), start=0, stop=6):
+        for cells, small in zip(batch["sub_patches"], batch["image_5x"], strict=True):
+            grid = cells.unflatten(0, (4, 4)).permute(0, 3, 1, 4, 2)  # (4, 224, 4, 224, 3)
+            region = Image.fromarray(grid.reshape(896, 896, 3).numpy())
+            reduced = np.asarray(region.resize((224, 224), Image.Resampling.LANCZOS), float)
+            differences.append(np.abs(reduced - small.permute(1, 2, 0).numpy()).mean())
+    # Pillow rounds and clips between its two passes, so a turned region reduces to a few grey
+    # levels' difference at sharp edges; another view of the same tissue differs by tens on average.
+    assert max(differences) < 0.5
+
+
+def test_a_pair_that_does_not_decode_is_named(corpus, options, tmp_path: Path) -> None:
+    table = pq.read_table(corpus.shards[0])
+    values = table.to_pylist()
+    values[4]["image_5x"]["bytes"] = values[4]["image_5x"]["bytes"][:100]
+    (tmp_path / "c" / "data").mkdir(parents=True)
+    path = tmp_path / "c" / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(values, schema=table.schema), path)
+    broken = open_corpus(str(tmp_path / "c"))
+    with pytest.raises(DistillationError, match="pair 4, image_5x: does not decode"):
+        list(batches(broken, np.arange(12), LIVE, options(), Placement(), start=0, stop=3))
+
+
+def test_fewer_pairs_than_a_batch(corpus, options) -> None:
+    with pytest.raises(DistillationError, match="3 training pairs do not fill one batch of 4"):
+        micro_batches_per_epoch(corpus, np.arange(3), options(), 1)

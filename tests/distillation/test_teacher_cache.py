@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from xmag_hf.distillation.corpus import Corpus, open_corpus
+from xmag_hf.distillation.options import DistillationError
+from xmag_hf.distillation.teacher_cache import (
+    TeacherFeatures,
+    build_cache,
+    find_cache,
+    finish_cache,
+    shared_cells,
+    teacher_identity,
+)
+
+
+@pytest.fixture
+def corpus(pair_corpus: Path) -> Corpus:
+    return open_corpus(str(pair_corpus))
+
+
+def _expected(cmu_pixels: np.ndarray) -> np.ndarray:
+    """(24, 16, 3) mean colours, straight from the slide's pixels."""
+    rows = []
+    for top in (100, 1500):
+        for y in range(0, 3 * 224, 224):
+            for x in range(0, 4 * 224, 224):
+                region = cmu_pixels[top + y : top + y + 896, 100 + x : 100 + x + 896]
+                cells = region.reshape(4, 224, 4, 224, 3).mean((1, 3)).reshape(16, 3)
+                rows.append(cells / 255)
+    return np.stack(rows)
+
+
+def _build(corpus: Corpus, teacher, folder: Path, **changes) -> TeacherFeatures:
+    finish_cache(build_cache(corpus, teacher, folder, **changes))
+    identity = teacher_identity(teacher, corpus)
+    return TeacherFeatures(folder / identity.key, corpus, identity)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_features_are_those_of_each_cell(
+    corpus: Corpus, teacher, tmp_path: Path, cmu_pixels: np.ndarray, share: bool
+) -> None:
+    features = _build(corpus, teacher, tmp_path, share=share, batch_size=7)
+    got = features.rows(np.arange(24))
+    assert got.dtype == np.float16 and got.shape == (24, 16, 3)
+    assert np.abs(got - _expected(cmu_pixels)).max() < 1e-3  # float16
+    # 4 x 3 pairs at stride 224 cover 7 x 6 sub-patches a slide.
+    assert teacher.seen == (2 * 7 * 6 if share else 24 * 16)
+
+
+def test_sharing_by_brute_force_at_a_fractional_scale(corpus: Corpus) -> None:
+    """Pairs of a 0.5266 um/px slide: origins rounded to whole pixels, strides fractional."""
+    step, n = 224 * 0.5 / 0.5266, 6
+    x = np.array([round(k * step) for k in range(n)] * n)
+    y = np.repeat([round(k * step) for k in range(n)], n)
+    index = dataclasses.replace(
+        corpus.index,
+        slide=np.zeros(n * n, np.int32),
+        x=x,
+        y=y,
+        width0=np.full(n * n, 448 / 0.5266),
+    )
+    fractional = dataclasses.replace(corpus, index=index)
+    first, inverse = shared_cells(fractional, np.arange(n * n))
+    assert len(first) == (n + 3) ** 2
+    for pair in range(n * n):
+        for cell in range(16):
+            source, source_cell = divmod(int(first[inverse[pair, cell]]), 16)
+            for axis, shift in ((x, cell % 4 - source_cell % 4), (y, cell // 4 - source_cell // 4)):
+                assert abs((axis[pair] - axis[source]) + shift * step) <= 1.0
+
+
+def test_pairs_off_the_grid_share_nothing(corpus: Corpus) -> None:
+    shifted = dataclasses.replace(
+        corpus, index=dataclasses.replace(corpus.index, x=corpus.index.x + np.arange(24) * 3)
+    )
+    first, inverse = shared_cells(shifted, np.arange(24))
+    assert len(first) == 24 * 16
+    assert sorted(inverse.ravel().tolist()) == list(range(24 * 16))
+
+
+def test_two_builders_make_what_one_makes(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    one = _build(corpus, teacher, tmp_path / "one").rows(np.arange(24))
+    for rank in range(2):
+        partial = build_cache(corpus, teacher, tmp_path / "two", rank=rank, world=2)
+    finish_cache(partial)
+    identity = teacher_identity(teacher, corpus)
+    two = TeacherFeatures(tmp_path / "two" / identity.key, corpus, identity)
+    assert np.array_equal(one, two.rows(np.arange(24)))
+
+
+def test_an_interrupted_build_is_completed_not_repeated(
+    corpus: Corpus, teacher, tmp_path: Path
+) -> None:
+    partial = build_cache(corpus, teacher, tmp_path, rank=0, world=2)  # shard 0 only
+    assert not (tmp_path / teacher_identity(teacher, corpus).key).exists()
+    seen = teacher.seen
+    again = build_cache(corpus, teacher, tmp_path)
+    assert again == partial
+    assert teacher.seen == 2 * seen  # only shard 1 was computed
+    build_cache(corpus, teacher, tmp_path, share=False)  # made another way: done again
+    assert teacher.seen == 2 * seen + 24 * 16
+
+
+def test_found_without_the_teacher(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    assert find_cache(tmp_path, "mean-colour", None, corpus, True) is None
+    build_cache(corpus, teacher, tmp_path)
+    assert find_cache(tmp_path, "mean-colour", None, corpus, True) is None  # still partial
+    _build(corpus, teacher, tmp_path)
+    assert find_cache(tmp_path, "mean-colour", None, corpus, True) == teacher_identity(
+        teacher, corpus
+    )
+    assert find_cache(tmp_path, "mean-colour", "bf16", corpus, True) is None
+    assert find_cache(tmp_path, "other", None, corpus, True) is None
+    with pytest.raises(DistillationError, match="sub-patches shared"):
+        find_cache(tmp_path, "mean-colour", None, corpus, False)
+    teacher.revision = "sha256:1"
+    _build(corpus, teacher, tmp_path)
+    with pytest.raises(DistillationError, match="several caches"):
+        find_cache(tmp_path, "mean-colour", None, corpus, True)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "attribute", "rows", "version"])
+def test_stale_or_damaged_caches_are_refused(
+    corpus: Corpus, teacher, tmp_path: Path, damage: str
+) -> None:
+    features = _build(corpus, teacher, tmp_path)
+    path = features.paths[1]
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "remove":
+        path.unlink()
+    else:
+        with h5py.File(path, "a") as file:
+            if damage == "attribute":
+                file.attrs["revision"] = "sha256:else"
+            elif damage == "version":
+                file.attrs["format_version"] = 99
+            else:
+                file["x"][0] += 1
+    with pytest.raises(DistillationError, match=r"features-00001-of-00002.h5.*Delete"):
+        TeacherFeatures(features.folder, corpus, teacher_identity(teacher, corpus))
+
+
+def test_key_changes_with_everything_the_numbers_depend_on(corpus: Corpus, teacher) -> None:
+    identity = teacher_identity(teacher, corpus)
+    keys = {identity.key}
+    for field in dataclasses.fields(identity):
+        keys.add(dataclasses.replace(identity, **{field.name: "changed"}).key)
+    assert len(keys) == 6 and all(len(key) == 16 for key in keys)
+
+
+def test_infinite_features_are_refused(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    teacher.scale.data *= 1e7  # beyond float16
+    with pytest.raises(DistillationError, match="not finite"):
+        build_cache(corpus, teacher, tmp_path)
+
+
+def test_open_files_do_not_travel_to_workers(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    features = _build(corpus, teacher, tmp_path)
+    first = features[3]
+    assert np.array_equal(pickle.loads(pickle.dumps(features))[3], first)

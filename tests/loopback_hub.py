@@ -1,0 +1,100 @@
+"""A Hub on 127.0.0.1, and what the encoders make of it; test_encoders runs it as a process.
+
+usage: loopback_hub.py REPOSITORIES GATED_JSON; prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers /ORG/NAME/resolve/REVISION/FILE as the Hub does, with its headers and errors."""
+
+    root: Path
+    gated: frozenset[str]
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if len(parts) < 5 or parts[2] != "resolve":
+            return self._refuse(404, "RepoNotFound")
+        repository, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+        if repository in self.gated:
+            return self._refuse(401, "GatedRepo")
+        if not (self.root / repository).is_dir():
+            return self._refuse(404, "RepoNotFound")
+        if revision not in ("main", COMMIT):
+            return self._refuse(404, "RevisionNotFound")
+        path = self.root / repository / name
+        if not path.is_file():
+            return self._refuse(404, "EntryNotFound")
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_GET = do_HEAD
+
+
+def main(root: str, gated: str) -> None:
+    Hub.root, Hub.gated = Path(root), frozenset(json.loads(gated))
+    (Hub.root / "org/empty").mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    os.environ["HF_HUB_DISABLE_XET"] = "1"
+
+    import huggingface_hub.constants
+    import torch
+
+    from xmag_hf.encoders import EncoderError, load_encoder
+
+    def ask(name: str, revision: str | None = None) -> dict:
+        try:
+            encoder = load_encoder(name, revision=revision)
+        except EncoderError as error:
+            return {"error": str(error)}
+        image = torch.full((1, 3, encoder.input_px, encoder.input_px), 128, dtype=torch.uint8)
+        embedding = encoder(image)
+        return {
+            "shape": list(embedding.shape),
+            "sum": embedding.sum().item(),
+            "revision": encoder.revision,
+            "licence": encoder.licence,
+        }
+
+    names = ["hf:org/vit", "hf:org/resnet", "timm:resnet10t", "uni2-h", "phikon"]
+    names += ["hf:org/nothing", "hf:org/no-weights", "hf:org/empty"]
+    answers: dict = {"commit": COMMIT} | {name: ask(name) for name in names}
+    answers["hf:org/vit@v9"] = ask("hf:org/vit", "v9")
+    server.shutdown()
+    server.server_close()
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    answers["offline"] = {name: ask(name) for name in ("hf:org/vit", "uni2-h")}
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

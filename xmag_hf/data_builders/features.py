@@ -1,0 +1,20 @@
+"""Columns of the paired corpus as `datasets` features."""
+
+from datasets import Features, Image, Value
+
+FEATURES = Features(
+    {
+        "image_20x": Image(),
+        "image_5x": Image(),
+        "slide_id": Value("string"),
+        "patient_id": Value("string"),
+        "cancer_type": Value("string"),
+        "x": Value("int64"),
+        "y": Value("int64"),
+        "width0": Value("float64"),
+        "mpp0": Value("float32"),
+        "level": Value("int16"),
+        "tissue_fraction": Value("float32"),
+        "source": Value("string"),
+    }
+)

@@ -1,0 +1,244 @@
+"""Which slides, and what is known about each: paths, folders, globs and the slide CSV."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from .corpus_options import CorpusError
+
+# What OpenSlide 4 reads; a folder is searched for these. A file named outright is tried whatever
+# its suffix.
+SLIDE_SUFFIXES = (
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn"),
+    *(".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi"),
+)
+OWN_COLUMNS = ("slide", "slide_id", "patient_id", "cancer_type", "mpp", "source")
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """A slide and its metadata.
+
+    Attributes:
+        path: The file.
+        slide_id: Default the file's stem.
+        patient_id: Default the slide_id, the cautious reading: every slide its own patient.
+        cancer_type: Empty if unknown.
+        mpp: um/px of level 0 if the file's own must be overruled.
+        source: Where the slide is from; default the file's name.
+        extra: Other columns of the CSV, carried into the manifest.
+    """
+
+    path: Path
+    slide_id: str = ""
+    patient_id: str = ""
+    cancer_type: str = ""
+    mpp: float | None = None
+    source: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        object.__setattr__(self, "path", path)
+        object.__setattr__(self, "slide_id", self.slide_id or path.stem)
+        object.__setattr__(self, "patient_id", self.patient_id or self.slide_id)
+        object.__setattr__(self, "source", self.source or path.name)
+
+
+def find_slides(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files of paths, globs (`**` allowed) and folders (searched through, sorted).
+
+    Args:
+        patterns: What the user named.
+
+    Returns:
+        Paths, each once, in the order named.
+
+    Raises:
+        CorpusError: A pattern that finds nothing.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            hits = _slides_under(path)
+        elif path.exists():
+            hits = [path]
+        else:
+            hits = sorted(Path(hit) for hit in glob.glob(str(pattern), recursive=True))
+        if not hits:
+            raise CorpusError(
+                f"{pattern}: no slide there. Give files, globs, or folders with "
+                f"{' '.join(SLIDE_SUFFIXES)}."
+            )
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def read_slides_csv(
+    path: str | os.PathLike[str], slides_dir: str | os.PathLike[str] | None = None
+) -> list[SlideRow]:
+    """Rows of a slide CSV.
+
+    Args:
+        path: CSV with a header. Column `slide` (a path, relative to `slides_dir` or else to the
+            CSV's folder), or `slide_id` together with `slides_dir` (files are found by stem).
+            Known: slide_id, patient_id, cancer_type, mpp, source. Others are carried along.
+        slides_dir: Folder of the slides, searched through.
+
+    Returns:
+        One row a line, in the file's order.
+
+    Raises:
+        CorpusError: No usable column, an empty or ambiguous slide, an mpp that is no number; the
+            line is named.
+        OSError: The CSV cannot be read.
+    """
+    path = Path(path)
+    lines = _read_table(path)
+    columns = set(lines[0][1]) if lines else set()
+    by_path = "slide" in columns
+    if not by_path and not ("slide_id" in columns and slides_dir is not None):
+        raise CorpusError(
+            f"{path}: columns {', '.join(sorted(columns)) or 'none'}. It needs a column `slide` "
+            "with paths, or `slide_id` together with --slides-dir."
+        )
+    root = Path(slides_dir) if slides_dir is not None else path.parent
+    stems = {} if by_path else _by_stem(root)
+    rows = []
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        file = root / _needed(line, "slide", where) if by_path else None
+        file = file or _unique_file(stems, _needed(line, "slide_id", where), root, where)
+        rows.append(_row(file, line, where))
+    return rows
+
+
+def with_csv_metadata(paths: Sequence[Path], csv_path: str | os.PathLike[str]) -> list[SlideRow]:
+    """Rows for files named by the user, with the metadata of a slide CSV matched by stem.
+
+    Args:
+        paths: Slide files.
+        csv_path: CSV with `slide_id` or `slide`; lines for other slides are ignored.
+
+    Returns:
+        One row a path; a file without a line gets the defaults.
+
+    Raises:
+        CorpusError: As `read_slides_csv`, or two lines for one stem.
+    """
+    csv_path = Path(csv_path)
+    lines: dict[str, tuple[int, dict[str, str]]] = {}
+    for number, line in _read_table(csv_path):
+        where = f"{csv_path}, line {number}"
+        name = line.get("slide") or line.get("slide_id") or ""
+        stem = Path(name).stem if line.get("slide") else name
+        if not stem:
+            raise CorpusError(f"{where}: neither `slide` nor `slide_id`. Fill in one of them.")
+        if stem in lines:
+            raise CorpusError(f"{where}: {stem} again, first on line {lines[stem][0]}. Drop one.")
+        lines[stem] = (number, line)
+    rows = []
+    for file in paths:
+        number, line = lines.get(file.stem, (0, {}))
+        rows.append(_row(file, line, f"{csv_path}, line {number}"))
+    return rows
+
+
+def check_unique(slides: Sequence[SlideRow]) -> None:
+    """Refuse an empty list and slides that share a slide_id.
+
+    Raises:
+        CorpusError: Names the ids and their files.
+    """
+    if not slides:
+        raise CorpusError("No slides given. Name files, folders, globs, or a slide CSV.")
+    twice = [name for name, n in Counter(row.slide_id for row in slides).items() if n > 1]
+    if twice:
+        files = [str(row.path) for row in slides if row.slide_id == twice[0]]
+        raise CorpusError(
+            f"slide_id {twice[0]!r} stands for {len(files)} slides: {', '.join(files)}"
+            + (f" (and {len(twice) - 1} more ids)" if len(twice) > 1 else "")
+            + ". Give each its own slide_id in the slide CSV."
+        )
+
+
+def absolute(row: SlideRow) -> SlideRow:
+    """The row with an absolute path, for workers and records."""
+    return replace(row, path=row.path.absolute())
+
+
+def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, column -> text) of a CSV; surrounding blanks and empty lines are dropped."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        lines = []
+        for line in reader:
+            if None in line or None in line.values():
+                raise CorpusError(
+                    f"{path}, line {reader.line_num}: not as many fields as the header. Quote "
+                    "fields that hold commas."
+                )
+            clean = {key.strip(): text.strip() for key, text in line.items()}
+            if any(clean.values()):
+                lines.append((reader.line_num, clean))
+    return lines
+
+
+def _row(file: Path, line: dict[str, str], where: str) -> SlideRow:
+    text = line.get("mpp", "")
+    try:
+        mpp = float(text) if text else None
+    except ValueError:
+        raise CorpusError(
+            f"{where}: mpp {text!r} is no number. Give um/px, or leave it empty."
+        ) from None
+    return SlideRow(
+        path=file,
+        slide_id=line.get("slide_id", ""),
+        patient_id=line.get("patient_id", ""),
+        cancer_type=line.get("cancer_type", ""),
+        mpp=mpp,
+        source=line.get("source", ""),
+        extra={key: value for key, value in line.items() if key not in OWN_COLUMNS},
+    )
+
+
+def _needed(line: dict[str, str], column: str, where: str) -> str:
+    if not line[column]:
+        raise CorpusError(f"{where}: column `{column}` is empty. Fill it in, or drop the line.")
+    return line[column]
+
+
+def _slides_under(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SLIDE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+    )
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    stems: dict[str, list[Path]] = defaultdict(list)
+    for path in _slides_under(folder):
+        stems[path.stem].append(path)
+    return stems
+
+
+def _unique_file(stems: dict[str, list[Path]], slide_id: str, root: Path, where: str) -> Path:
+    files = stems.get(slide_id, [])
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} files: {', '.join(map(str, files))}" if files else "no file"
+    raise CorpusError(
+        f"{where}: slide_id {slide_id!r} has {found} under {root}. Add a column `slide` with the "
+        "path, or correct --slides-dir."
+    )

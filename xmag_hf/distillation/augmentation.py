@@ -1,0 +1,129 @@
+"""Augmentation that is the same for both magnifications: dihedral views and colour jitter.
+
+The eight views of the square are numbered 0 to 7: view g is g % 4 quarter turns anticlockwise,
+after a left-right flip if g >= 4. A view of the region permutes its sixteen cells.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GRID = 4  # a 5x patch covers 4 x 4 sub-patches at 20x
+N_VIEWS = 8
+JITTER = 0.05  # brightness, contrast, saturation in [0.95, 1.05]; hue in [-0.05, 0.05] turns
+
+# NTSC's RGB -> YIQ: hue is an angle in the I-Q plane, so a shift of hue is a rotation there.
+_YIQ = torch.tensor(
+    [[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]],
+    dtype=torch.float64,
+)
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def dihedral_view(image: np.ndarray, view: int) -> np.ndarray:
+    """One of the eight views of a square array.
+
+    Args:
+        image: (S, S, ...), rows first.
+        view: 0 to 7; 0 is the image itself.
+
+    Returns:
+        (S, S, ...), a strided view of the same memory.
+
+    Raises:
+        ValueError: `view` is not in 0 to 7.
+    """
+    if not 0 <= view < N_VIEWS:
+        raise ValueError(f"view={view}: must be 0 to 7.")
+    if view >= 4:
+        image = image[:, ::-1]
+    return np.rot90(image, view % 4, axes=(0, 1))
+
+
+def cell_permutation(view: int, grid: int = GRID) -> np.ndarray:
+    """Where the cells of a region come from after `dihedral_view`.
+
+    Args:
+        view: 0 to 7.
+        grid: Cells per side.
+
+    Returns:
+        (grid * grid,) int64: cell k (row-major) of the view shows cell `result[k]` of the
+        original, so teacher features of the view are `features[result]`.
+    """
+    cells = np.arange(grid * grid).reshape(grid, grid)
+    return np.ascontiguousarray(dihedral_view(cells, view)).ravel()
+
+
+def sub_patches(region: np.ndarray, grid: int = GRID) -> np.ndarray:
+    """Cut a region into its sub-patches.
+
+    Args:
+        region: (S, S, C), S a multiple of `grid`.
+        grid: Sub-patches per side.
+
+    Returns:
+        (grid * grid, S / grid, S / grid, C), row-major.
+
+    Raises:
+        ValueError: The region is not square or `grid` does not divide it.
+    """
+    side, width, channels = region.shape
+    if side != width or side % grid:
+        raise ValueError(f"region of {side} x {width} px: must be square, a multiple of {grid} px.")
+    s = side // grid
+    cells = region.reshape(grid, s, grid, s, channels).swapaxes(1, 2)  # (grid, grid, s, s, C)
+    return cells.reshape(grid * grid, s, s, channels)
+
+
+def sample_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
+    """The random source of one pair in one epoch, whichever process or worker loads it."""
+    return np.random.default_rng((seed, epoch, row))
+
+
+def draw_jitter(generator: np.random.Generator) -> np.ndarray:
+    """Draw (brightness, contrast, saturation, hue); (4,) float32, hue in turns."""
+    factors = generator.uniform(1 - JITTER, 1 + JITTER, size=3)
+    return np.array([*factors, generator.uniform(-JITTER, JITTER)], dtype=np.float32)
+
+
+def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:
+    """Brightness, contrast, saturation, then hue, one draw per pair.
+
+    The first three are the blends of torchvision's `adjust_*`; hue is a rotation in YIQ, which
+    keeps luma where an HSV shift does not. Contrast pulls towards the mean luma of the pair's own
+    pixels, sub-patches taken together, so that the sixteen stay one picture.
+
+    Args:
+        images: (B, 3, H, W), or (B, n, 3, H, W) for the sub-patches of a pair; float in [0, 1].
+        jitter: (B, 4), from `draw_jitter`.
+
+    Returns:
+        Same shape and dtype, clipped to [0, 1].
+    """
+    pixels = images if images.dim() == 5 else images[:, None]  # (B, n, 3, H, W)
+    jitter = jitter.to(pixels)
+    brightness, contrast, saturation = (jitter[:, i, None, None, None, None] for i in range(3))
+    pixels = (pixels * brightness).clamp(0, 1)
+    mean_luma = _luma(pixels).mean(dim=(1, 2, 3, 4), keepdim=True)  # (B, 1, 1, 1, 1)
+    pixels = (contrast * pixels + (1 - contrast) * mean_luma).clamp(0, 1)
+    pixels = (saturation * pixels + (1 - saturation) * _luma(pixels)).clamp(0, 1)
+    matrices = _hue_matrices(jitter[:, 3])
+    pixels = torch.einsum("bij,bnjhw->bnihw", matrices, pixels).clamp(0, 1)
+    return pixels.reshape(images.shape)
+
+
+def _luma(pixels: Tensor) -> Tensor:
+    weights = pixels.new_tensor(_LUMA)[:, None, None]
+    return (pixels * weights).sum(dim=-3, keepdim=True)
+
+
+def _hue_matrices(turns: Tensor) -> Tensor:
+    """(B,) turns of the I-Q plane -> (B, 3, 3), RGB to RGB."""
+    angle = 2 * torch.pi * turns
+    rotation = torch.eye(3, dtype=turns.dtype, device=turns.device).repeat(len(turns), 1, 1)
+    rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
+    rotation[:, 1, 2], rotation[:, 2, 1] = -angle.sin(), angle.sin()
+    return _YIQ.inverse().to(rotation) @ rotation @ _YIQ.to(rotation)

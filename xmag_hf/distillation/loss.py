@@ -1,0 +1,120 @@
+"""The loss of XMAG: two projection heads and negative cosine similarity to the teacher."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean negative cosine similarity, -mean(p . t / max(|p| |t|, 1e-8)).
+
+    XMAG, arXiv 2509.23097, Sec. 2 (distillation objective).
+
+    Args:
+        prediction: (..., d), student's projection.
+        target: (..., d), teacher's feature; gets no gradient.
+
+    Returns:
+        Scalar, float32, in [-1, 1].
+
+    Raises:
+        ValueError: Shapes differ; both are named.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ."
+        )
+    # float32: a sum of 1,536 squares of half-precision features can pass fp16's largest value.
+    cosine = F.cosine_similarity(prediction.float(), target.detach().float(), dim=-1, eps=1e-8)
+    return -cosine.mean()
+
+
+def projection_head(student_dim: int, teacher_dim: int) -> nn.Sequential:
+    """Linear(d_S, d_T) -> BatchNorm -> GELU -> Linear(d_T, d_T), arXiv 2509.23097, Sec. 2.
+
+    Args:
+        student_dim: d_S, width of the student's features.
+        teacher_dim: d_T, width of the teacher's features.
+
+    Returns:
+        A module that takes (N, d_S) and gives (N, d_T).
+    """
+    return nn.Sequential(
+        nn.Linear(student_dim, teacher_dim),
+        nn.BatchNorm1d(teacher_dim),
+        nn.GELU(),
+        nn.Linear(teacher_dim, teacher_dim),
+    )
+
+
+class DistillationLoss(nn.Module):
+    """Global and local alignment, with the heads that are thrown away after training.
+
+    loss = global_weight * L_global + local_weight * L_local (arXiv 2509.23097: 1.0 and 0.5).
+    The global target is the mean of the sixteen teacher features, the local targets are they
+    themselves. The local head's BatchNorm sees all (B * 16, d_S) rows at once.
+
+    Args:
+        student_dim: d_S.
+        teacher_dim: d_T.
+        global_weight: Weight of the class-token term.
+        local_weight: Weight of the 4 x 4 term.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        global_weight: float = 1.0,
+        local_weight: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.global_head = projection_head(student_dim, teacher_dim)
+        self.local_head = projection_head(student_dim, teacher_dim)
+        self.global_weight = global_weight
+        self.local_weight = local_weight
+
+    def forward(
+        self, pooled: Tensor, spatial: Tensor, teacher_features: Tensor
+    ) -> dict[str, Tensor]:
+        """Compute the loss and its parts.
+
+        Args:
+            pooled: (B, d_S), student's class token.
+            spatial: (B, 16, d_S), student's 4 x 4 pooled tokens, row-major.
+            teacher_features: (B, 16, d_T), of the sub-patches in the same order.
+
+        Returns:
+            `loss`, `loss_global`, `loss_local`: scalars, float32.
+
+        Raises:
+            ValueError: Batch sizes or cell counts differ.
+        """
+        if spatial.shape[:2] != teacher_features.shape[:2] or len(pooled) != len(spatial):
+            raise ValueError(
+                f"pooled {tuple(pooled.shape)}, spatial {tuple(spatial.shape)} and teacher "
+                f"{tuple(teacher_features.shape)} do not belong to the same (B, 16) cells."
+            )
+        local = self.local_head(spatial.flatten(0, 1))  # (B * 16, d_T)
+        loss_global = negative_cosine(self.global_head(pooled), teacher_features.float().mean(1))
+        loss_local = negative_cosine(local, teacher_features.flatten(0, 1))
+        loss = self.global_weight * loss_global + self.local_weight * loss_local
+        return {"loss": loss, "loss_global": loss_global, "loss_local": loss_local}
+
+
+def mean_pairwise_cosine(embeddings: Tensor) -> Tensor:
+    """Mean cosine similarity over all pairs of rows: 1 means that the encoder has collapsed.
+
+    Computed from the sum of the unit vectors, |sum u|^2 = n + sum over i != j of u_i . u_j.
+
+    Args:
+        embeddings: (n, d), n >= 2.
+
+    Returns:
+        Scalar, float32.
+    """
+    unit = F.normalize(embeddings.float(), dim=-1)
+    n = len(unit)
+    return (unit.sum(0).square().sum() - n) / (n * (n - 1))

@@ -1,0 +1,156 @@
+"""Every option of a distillation run, its default and its meaning: the one home of both."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+class DistillationError(ValueError):
+    """A run that cannot start or go on; the message names subject, value and remedy."""
+
+
+def _option(default: Any, text: str, **metadata: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Options of one run of the recipe of XMAG (arXiv 2509.23097).
+
+    Defaults are the paper's where it states them (AdamW, 5e-4, cosine, ten epochs, 48 pairs per
+    GPU, weights 1.0 and 0.5) and its published code's where it does not (EMA 0.999, weight decay
+    0.05, clip 1.0). The warm-up is ours: 5% of the steps. The paper does not state one, and its
+    code warms up over the whole run.
+    """
+
+    data: str = dataclasses.field(
+        metadata={"help": "paired corpus: folder made by `xmag corpus`, or a Hub data set repo"}
+    )
+    teacher: str = _option(
+        "uni2-h", "20x teacher: a name of xmag_hf.encoders, timm:NAME, hf:ID or a folder"
+    )
+    student: str = _option("base", "student size", choices=("base", "small", "tiny", "lite"))
+    init: str | None = _option(
+        None,
+        "start of the student: dinov2, imagenet, random, or weights (folder, file or Hub id); "
+        "none: dinov2 for base and small, random for tiny, imagenet for lite",
+    )
+    output_dir: str = _option("xmag", "folder that AutoModel.from_pretrained will load")
+
+    epochs: float = _option(10.0, "passes over the training pairs")
+    max_steps: int | None = _option(None, "optimiser steps, instead of --epochs")
+    batch_size: int = _option(48, "pairs per process and micro-batch")
+    gradient_accumulation_steps: int = _option(1, "micro-batches per optimiser step")
+    learning_rate: float = _option(5e-4, "peak of the cosine schedule")
+    warmup_ratio: float = _option(0.05, "share of the steps in linear warm-up, below 1")
+    weight_decay: float = _option(0.05, "AdamW's; not on biases, norms and layer scales")
+    max_grad_norm: float = _option(1.0, "gradient clipping")
+    global_weight: float = _option(1.0, "weight of the class-token loss")
+    local_weight: float = _option(0.5, "weight of the 4 x 4 local loss")
+    ema_decay: float = _option(
+        0.999, "EMA of the student, which is what is saved; ramps up as (1 + t) / (10 + t)"
+    )
+    drop_path_rate: float = _option(0.0, "stochastic depth of the student")
+    gradient_checkpointing: bool = _option(False, "trade compute for memory in the student")
+    dihedral: bool = _option(True, "flips and quarter turns, the same for both magnifications")
+    color_jitter: bool = _option(
+        True,
+        "0.95 to 1.05, hue 0.05, one draw for both magnifications; a cached teacher sees none",
+    )
+    mixed_precision: str = _option(
+        "auto", "auto: bf16 on a GPU that has it, else no", choices=("auto", "no", "bf16", "fp16")
+    )
+
+    cache_teacher: bool = _option(False, "compute teacher features once and keep them")
+    cache_dir: str | None = _option(
+        None, "where the cache lies; none: DATA/teacher, or the Hugging Face home for a repo"
+    )
+    share_sub_patches: bool = _option(
+        True, "cache: a sub-patch seen by several overlapping pairs goes through the teacher once"
+    )
+    teacher_precision: str = _option(
+        "auto", "auto: bf16 on a GPU, else fp32", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    teacher_batch_size: int = _option(128, "sub-patches per teacher call")
+
+    streaming: bool = _option(False, "read shards as they come instead of memory-mapping them")
+    shuffle_buffer: int = _option(2048, "streaming: pairs held to shuffle among")
+    num_workers: int = _option(2, "loader processes per training process")
+
+    data_licence: str | None = _option(
+        None, "licence of the slides, for the card", metavar="LICENCE"
+    )
+    data_source: str | None = _option(None, "where the slides come from, for the card")
+    holdout: tuple[str, ...] = _option(
+        (),
+        "pairs kept out of training and scored at the end: SLIDE_ID, or a band of it as "
+        "SLIDE_ID:y>0.75 (x or y, share of the slide's extent)",
+        metavar="PART",
+    )
+    alignment_pairs: int = _option(3000, "training pairs for the ridge map of the final scores")
+
+    checkpoint_steps: int = _option(500, "a checkpoint every N steps, and on SIGTERM")
+    resume: bool = _option(True, "go on from the last checkpoint in output_dir")
+    overwrite: bool = _option(False, "replace a finished model made with other options")
+    seed: int = _option(0, "of weights, order and augmentation")
+    log_steps: int = _option(10, "a line in metrics.jsonl every N steps")
+    report_to: tuple[str, ...] = _option(
+        (), "trackers through accelerate: tensorboard, wandb, ...", metavar="TRACKER"
+    )
+    push_to_hub: bool = _option(False, "send the finished folder to the Hub")
+    hub_model_id: str | None = _option(None, "ORG/NAME to push to")
+    hub_private: bool = _option(True, "create that repository as private")
+
+    def __post_init__(self) -> None:
+        """Refuse contradictions where they are said, before any work."""
+        positive = (
+            "batch_size gradient_accumulation_steps learning_rate epochs teacher_batch_size "
+            "checkpoint_steps log_steps max_grad_norm alignment_pairs shuffle_buffer"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise DistillationError(f"--{name}={getattr(self, name)}: must be above 0.")
+        for name in ("warmup_ratio", "ema_decay", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DistillationError(f"--{name}={getattr(self, name)}: must be in [0, 1).")
+        if self.batch_size < 2:
+            raise DistillationError("--batch_size=1: BatchNorm in the heads needs at least 2.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise DistillationError(f"--max_steps={self.max_steps}: must be at least 1.")
+        if min(self.global_weight, self.local_weight, self.weight_decay, self.num_workers) < 0:
+            raise DistillationError("weights, weight decay and num_workers must not be negative.")
+        if self.global_weight == self.local_weight == 0:
+            raise DistillationError("--global_weight and --local_weight are both 0: no loss left.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise DistillationError("--push_to_hub needs --hub_model_id ORG/NAME.")
+
+
+# What may differ between a run and its resumption without changing the loss curve.
+# The corpus is compared by its fingerprint, since a folder may move.
+RESUMABLE_DIFFERENCES = frozenset(
+    {
+        *("data", "output_dir", "cache_dir", "hub_model_id", "hub_private", "push_to_hub"),
+        *("num_workers", "checkpoint_steps", "resume", "overwrite", "log_steps", "report_to"),
+        *("alignment_pairs", "teacher_batch_size", "data_licence", "data_source"),
+    }
+)
+
+
+def differing_options(old: dict[str, Any], new: DistillOptions) -> list[str]:
+    """Say which options of a resumed run differ from those of its checkpoint.
+
+    Args:
+        old: Options as stored (JSON, so tuples are lists).
+        new: Options of this run.
+
+    Returns:
+        Lines such as `learning_rate: 0.001 then, 0.0005 now`; empty when the curve can go on.
+    """
+    lines = []
+    for name, value in dataclasses.asdict(new).items():
+        value = list(value) if isinstance(value, tuple) else value
+        if name not in RESUMABLE_DIFFERENCES and old.get(name) != value:
+            lines.append(f"{name}: {old.get(name)} then, {value} now")
+    return lines

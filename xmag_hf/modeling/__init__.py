@@ -1,0 +1,48 @@
+"""What travels to the Hub: configurations, models, image processor; and the weight converter.
+
+Imports nothing of the rest of xmag_hf. Names are loaded on first use, so that
+`xmag_hf.modeling.configuration_xmag` does not bring torch along.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration_xmag import XMAGConfig
+    from .configuration_xmag_lite import XMAGLiteConfig
+    from .image_processing_xmag import XMAGImageProcessor
+    from .modeling_xmag import XMAGForImageClassification, XMAGModel
+    from .modeling_xmag_lite import XMAGLiteForImageClassification, XMAGLiteModel
+
+__all__ = [
+    "XMAGConfig",
+    "XMAGForImageClassification",
+    "XMAGImageProcessor",
+    "XMAGLiteConfig",
+    "XMAGLiteForImageClassification",
+    "XMAGLiteModel",
+    "XMAGModel",
+    "register_auto_classes",
+]
+
+_HOME = {
+    "XMAGConfig": "configuration_xmag",
+    "XMAGForImageClassification": "modeling_xmag",
+    "XMAGImageProcessor": "image_processing_xmag",
+    "XMAGLiteConfig": "configuration_xmag_lite",
+    "XMAGLiteForImageClassification": "modeling_xmag_lite",
+    "XMAGLiteModel": "modeling_xmag_lite",
+    "XMAGModel": "modeling_xmag",
+    "register_auto_classes": "registration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module when it is first asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,110 @@
+"""Makes the Auto classes of transformers know XMAG, as late as possible.
+
+`import xmag_hf` must be enough for `AutoModel.from_pretrained("xmag")`, and must not cost the
+seconds that torch and transformers take to import (`xmag --help`). So each Auto class gets its
+entries when the module that defines it is loaded: at once if it is already, else right after its
+import, whoever imports it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+
+
+def register_auto_classes() -> None:
+    """Register configurations, models, classifiers and image processor with the Auto classes.
+
+    Safe to call twice. That a saved folder holds the code and an `auto_map` for it is a property
+    of the classes (`_auto_class`, what `register_for_auto_class` sets), not of this call.
+    """
+    for name, register in _AFTER_IMPORT.items():
+        importlib.import_module(name)
+        register()
+
+
+def register_when_transformers_loads() -> None:
+    """Like `register_auto_classes`, but importing nothing that is not imported yet."""
+    waiting = {}
+    for name, register in _AFTER_IMPORT.items():
+        if name in sys.modules:
+            register()
+        else:
+            waiting[name] = register
+    if waiting:
+        sys.meta_path.insert(0, _RunAfterImport(waiting))
+
+
+def _register_configs() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .configuration_xmag import XMAGConfig
+    from .configuration_xmag_lite import XMAGLiteConfig
+
+    for config in (XMAGConfig, XMAGLiteConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+
+
+def _register_models() -> None:
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageClassification
+
+    from .configuration_xmag import XMAGConfig
+    from .configuration_xmag_lite import XMAGLiteConfig
+    from .modeling_xmag import XMAGForImageClassification, XMAGModel
+    from .modeling_xmag_lite import XMAGLiteForImageClassification, XMAGLiteModel
+
+    AutoModel.register(XMAGConfig, XMAGModel, exist_ok=True)
+    AutoModel.register(XMAGLiteConfig, XMAGLiteModel, exist_ok=True)
+    classifier = AutoModelForImageClassification
+    classifier.register(XMAGConfig, XMAGForImageClassification, exist_ok=True)
+    classifier.register(XMAGLiteConfig, XMAGLiteForImageClassification, exist_ok=True)
+
+
+def _register_image_processors() -> None:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from .configuration_xmag import XMAGConfig
+    from .configuration_xmag_lite import XMAGLiteConfig
+    from .image_processing_xmag import XMAGImageProcessor
+
+    # One class for both backends: it needs neither torchvision nor a variant without it.
+    backends: dict[str, type] = {"torchvision": XMAGImageProcessor, "pil": XMAGImageProcessor}
+    for config in (XMAGConfig, XMAGLiteConfig):
+        AutoImageProcessor.register(config, image_processor_classes=dict(backends), exist_ok=True)
+
+
+_AFTER_IMPORT: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.image_processing_auto": _register_image_processors,
+}
+
+
+class _RunAfterImport(MetaPathFinder):
+    """Finds nothing itself; has a function run right after each of some modules was executed."""
+
+    def __init__(self, waiting: dict[str, Callable[[], None]]):
+        self.waiting = waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The module's ordinary spec, its loader followed by what waits for it."""
+        if fullname not in self.waiting:
+            return None
+        register = self.waiting.pop(fullname)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
