@@ -68,7 +68,9 @@ def main() -> int:
     processor = AutoImageProcessor.from_pretrained(args.out)
     with open_slide(args.slide) as slide:
         patch = slide.read_region((600.0, 2000.0), 224, mpp=model.config.mpp)
-        thumbnail = slide.read_region((0.0, 0.0), tuple(n // 8 for n in slide.size_level0), 8 * slide.mpp0)
+        thumbnail = slide.read_region(
+            (0.0, 0.0), tuple(n // 8 for n in slide.size_level0), 8 * slide.mpp0
+        )
     with torch.no_grad():
         output = model(**processor(patch, return_tensors="pt"))
     print(f"\nAutoModel.from_pretrained({args.out!r}) -> {type(model).__name__}")
@@ -124,8 +126,12 @@ def draw(picture: Path, thumbnail, corpus_dir: str, part: str, model, processor)
         )  # fmt: skip
         axis.set_xlim(x0 / scale - 10, x1 / scale + 10)
         axis.set_ylim(y1 / scale + 10, y0 / scale - 10)
-        axis.set_title(f"Student and teacher agree, {title} distillation\nmean {np.nanmean(values):.2f}")
-    figure.colorbar(image, ax=axes[1:], shrink=0.7, label="centred cosine per 112 um cell, held out")
+        axis.set_title(
+            f"Student and teacher agree, {title} distillation\nmean {np.nanmean(values):.2f}"
+        )
+    figure.colorbar(
+        image, ax=axes[1:], shrink=0.7, label="centred cosine per 112 um cell, held out"
+    )
     for axis in axes:
         axis.set_axis_off()
     figure.savefig(picture, dpi=110)

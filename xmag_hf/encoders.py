@@ -420,6 +420,9 @@ def _timm_kwargs(card: EncoderCard) -> dict[str, Any]:
 
 def _load_model(card: EncoderCard) -> nn.Module:
     """The pretrained model of a checked card, on the CPU in float32."""
+    from xmag_hf.modeling import register_auto_classes
+
+    register_auto_classes()  # a student may be the encoder
     folder = Path(card.repository)
     local = (card.revision or "").startswith("sha256:")
     if card.builder == "pypi":

@@ -21,8 +21,9 @@ def _problem(n: int = 120, d: int = 10, t: int = 4) -> tuple[np.ndarray, np.ndar
     return x, y, rng.integers(0, 5, n)
 
 
-def test_ridge_and_its_penalty_are_sklearns() -> None:
-    x, y, folds = _problem()
+@pytest.mark.parametrize(("n", "d"), [(120, 10), (20, 30)])
+def test_ridge_and_its_penalty_are_sklearns(n: int, d: int) -> None:
+    x, y, folds = _problem(n, d)
     got = fit_ridge(x, y, folds)
     gram = ((x - x.mean(0)) ** 2).sum(0).mean()  # mean eigenvalue = mean diagonal
     errors = {}

@@ -84,10 +84,10 @@ def save_result(options: DistillOptions, result: DistillResult) -> None:
 def _card_facts(options: DistillOptions, result: DistillResult) -> CardFacts:
     from xmag_hf.encoders import ENCODERS
     from xmag_hf.hub.cards import CardFacts
-    from xmag_hf.modeling.convert import default_init
+    from xmag_hf.modeling.convert import DEFAULT_INIT
 
     config, index = result.student.config, result.corpus.index
-    start = options.init or default_init(options.student)
+    start = options.init or DEFAULT_INIT[options.student]
     teacher = ENCODERS.get(result.teacher.name)
     return CardFacts(
         model_type=config.model_type,
@@ -133,16 +133,17 @@ def _print_result(options: DistillOptions, result: DistillResult) -> None:
     if not result.alignment:
         console.print("No --holdout: alignment with the teacher was not measured.")
         return
-    table = Table(title="Alignment on held-out pairs (after one ridge map per encoder)")
-    for heading in ("part", "pairs (disjoint)", "level", "encoder"):
-        table.add_column(heading)
-    for heading in ("cosine", "centred", "retrieval", "chance"):
-        table.add_column(heading, justify="right")
-    for row in result.alignment:
-        scores = [f"{row[k]:.3f}" for k in ("cosine", "centred_cosine", "retrieval", "chance")]
-        pairs = f"{row['n_pairs']} ({row['n_disjoint']})"
-        table.add_row(row["part"], pairs, row["level"], row["student"], *scores)
-    console.print(table)
     for part, better in beats_start(result.alignment).items():
+        rows = [row for row in result.alignment if row["part"] == part]
+        table = Table(title=f"{part}: {rows[0]['n_pairs']} pairs, {rows[0]['n_disjoint']} disjoint")
+        for heading in ("level", "encoder"):
+            table.add_column(heading)
+        for heading in ("cosine", "centred", "retrieval", "chance"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            scores = [f"{row[k]:.3f}" for k in ("cosine", "centred_cosine", "retrieval", "chance")]
+            table.add_row(row["level"], row["student"], *scores)
+        console.print(table)
         verdict = "above" if better else "NOT above"
-        console.print(f"{part}: the student is {verdict} its undistilled start on every measure.")
+        console.print(f"The student is {verdict} its undistilled start on every measure.")
+    console.print("Held-out pairs, after one ridge map per encoder fitted on training pairs.")

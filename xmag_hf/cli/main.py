@@ -56,9 +56,8 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     module.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars, only results")
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s", force=True
-    )
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("xmag_hf").setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:
         return module.run(args, parser)
     except KeyboardInterrupt:

@@ -407,7 +407,9 @@ def _finish(
     for shard, name in plan.items():
         (partial / "parts" / name).replace(partial / shard)
     shard_of = {name: shard for shard, name in plan.items()}
-    lines = [_manifest_line(record, shard_of) for record in records]
+    for record in records:
+        record.parts = [(shard_of[name], rows) for name, rows in record.parts]
+    lines = [asdict(record) for record in records]
     manifest = "".join(json.dumps(line) + "\n" for line in lines)
     write_atomically(partial / "manifest.jsonl", manifest)
     corpus = _corpus_json(options, fingerprint, lines, plan, parts)
@@ -417,12 +419,6 @@ def _finish(
     shutil.rmtree(partial / "parts")
     (partial / "options.json").unlink()
     (partial / "shards.json").unlink()
-
-
-def _manifest_line(record: SlideRecord, shard_of: dict[str, str]) -> dict[str, Any]:
-    line = asdict(record)
-    line["parts"] = [(shard_of[name], rows) for name, rows in record.parts]
-    return line
 
 
 def _corpus_json(

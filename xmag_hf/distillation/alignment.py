@@ -61,8 +61,8 @@ class AlignmentScores:
 def fit_ridge(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> RidgeMap:
     """Ridge regression with an intercept; the penalty by cross-validation over `folds`.
 
-    Everything is computed from Gram matrices, so all penalties of a fold cost one
-    eigendecomposition and the rows are passed over once.
+    Everything is computed from Gram matrices: the rows are passed over once, and all penalties of
+    a fold cost one eigendecomposition.
 
     Args:
         x: (n, d) student features.
@@ -85,19 +85,20 @@ def fit_ridge(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> RidgeMap:
     # Shifting by the overall means first keeps the sums well conditioned; each fold's own
     # training means are taken out below.
     x_mean, y_mean = x.mean(0), y.mean(0)
-    sums = [_sums(x[folds == name] - x_mean, y[folds == name] - y_mean) for name in names]
+    x, y = x - x_mean, y - y_mean
+    basis = np.eye(x.shape[1])
+    if len(x) < x.shape[1]:  # with fewer rows than features, their span holds the whole solution
+        basis = np.linalg.svd(x, full_matrices=False)[2].T  # (d, n)
+        x = x @ basis
+    sums = [_sums(x[folds == name], y[folds == name]) for name in names]
     total = functools.reduce(lambda a, b: _combine(a, b, 1), sums)
-    errors = np.zeros(len(RELATIVE_ALPHAS))
-    alphas = RELATIVE_ALPHAS * max(np.trace(total.xx) / x.shape[1], np.finfo(float).tiny)
+    alphas = RELATIVE_ALPHAS * max(np.trace(total.xx) / len(basis), np.finfo(float).tiny)
+    errors = np.zeros(len(alphas))
     for left_out in sums:
-        train = _combine(total, left_out, -1)
-        values, vectors, projected = _decompose(train)
-        for i, alpha in enumerate(alphas):
-            weights = vectors @ (projected / (values + alpha)[:, None])
-            errors[i] += _squared_error(left_out, weights, train)
+        errors += _squared_errors(left_out, _combine(total, left_out, -1), alphas)
     alpha = float(alphas[errors.argmin()])
     values, vectors, projected = _decompose(total)
-    weights = vectors @ (projected / (values + alpha)[:, None])
+    weights = basis @ vectors @ (projected / (values + alpha)[:, None])
     return RidgeMap(weights, x_mean, y_mean, alpha)
 
 
@@ -179,14 +180,22 @@ def _decompose(train: _Sums) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.clip(min=0), vectors, vectors.T @ cross
 
 
-def _squared_error(left_out: _Sums, weights: np.ndarray, train: _Sums) -> float:
-    """Sum over left-out rows of |y - (x - mx) W - my|^2, from sums alone."""
+def _squared_errors(left_out: _Sums, train: _Sums, alphas: np.ndarray) -> np.ndarray:
+    """(n_alphas,) sums over left-out rows of |y - (x - mx) W - my|^2, from sums alone.
+
+    With W = V D P, D = 1 / (values + alpha), the error is yy - 2 <W, X'Y> + <W, X'X W>; in the
+    eigenvectors' basis the last two depend on alpha through the diagonal D only.
+    """
     mx, my = train.x / train.n, train.y / train.n
     n = left_out.n
     xx = left_out.xx - np.outer(left_out.x, mx) - np.outer(mx, left_out.x) + n * np.outer(mx, mx)
     xy = left_out.xy - np.outer(left_out.x, my) - np.outer(mx, left_out.y) + n * np.outer(mx, my)
     yy = left_out.yy - 2 * left_out.y @ my + n * my @ my
-    return float(yy - 2 * (weights * xy).sum() + (weights * (xx @ weights)).sum())
+    values, vectors, projected = _decompose(train)
+    linear = (projected * (vectors.T @ xy)).sum(1)  # (d,)
+    quadratic = (vectors.T @ xx @ vectors) * (projected @ projected.T)  # (d, d)
+    inverse = 1.0 / (values[None] + alphas[:, None])  # (n_alphas, d)
+    return yy - 2 * inverse @ linear + np.einsum("ai,ij,aj->a", inverse, quadratic, inverse)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -230,6 +230,7 @@ def batches(
         batch_sampler=sampler,
         num_workers=options.num_workers,
         pin_memory=pin_memory,
+        generator=_own_generator(options),
     )
 
 
@@ -270,13 +271,29 @@ def _streamed_batches(
         )
         prepared.set_epoch(epoch)  # the shuffle's seed becomes seed + epoch
         workers = min(options.num_workers, prepared.num_shards)
-        samples = iter(DataLoader(prepared, batch_size=None, num_workers=workers))  # type: ignore[arg-type]
+        samples = iter(
+            DataLoader(
+                prepared,  # type: ignore[arg-type]
+                batch_size=None,
+                num_workers=workers,
+                generator=_own_generator(options),
+            )
+        )
         for number in range(per_epoch):
             batch = [next(samples) for _ in range(options.batch_size)]
             # What a checkpoint has already seen is read again and passed over: slower than a
             # seek, but the shuffle buffer then holds just what it held.
             if start <= epoch * per_epoch + number < stop:
                 yield default_collate(batch)
+
+
+def _own_generator(options: DistillOptions) -> torch.Generator:
+    """For the loader's seed of its workers, which no sample uses.
+
+    Without it the loader draws that seed from the global generator, so that a resumed run, which
+    starts its loader later, would drop other paths than an uninterrupted one.
+    """
+    return torch.Generator().manual_seed(options.seed)
 
 
 def _prepare(example: dict[str, Any], *, reader: PairReader, epoch: int) -> dict[str, Any]:

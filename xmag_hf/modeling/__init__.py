@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .image_processing_xmag import XMAGImageProcessor
     from .modeling_xmag import XMAGForImageClassification, XMAGModel
     from .modeling_xmag_lite import XMAGLiteForImageClassification, XMAGLiteModel
+    from .registration import register_auto_classes
 
 __all__ = [
     "XMAGConfig",

@@ -6,12 +6,13 @@ holding the source's tensors before anything is returned, let alone saved.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ DEFAULT_INIT = {"base": "dinov2", "small": "dinov2", "tiny": "random", "lite": "
 DINOV2_HUB_IDS = {"base": "facebook/dinov2-base", "small": "facebook/dinov2-small"}
 LITE_MEAN = LITE_STD = (0.5, 0.5, 0.5)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-MAX_DIFFERENCE = 1e-4  # of normalised tokens, fp32; another resampling rule differs by 1e-2 or more
+MAX_DIFFERENCE = 1e-4  # relative, fp32; rounding is about 1e-6, a wrong tensor above 1e-2
 
 # Largest part of a name that only one naming has -> naming. What stands before it is a prefix
 # that all names share ("model." in the released XMAG, "dinov2." under a transformers head).
@@ -265,11 +266,12 @@ def _convert(
     if size is not None and size not in DEFAULT_INIT:
         raise ValueError(f"size {size!r} is not one of {', '.join(DEFAULT_INIT)}.")
     subject = str(source)
-    model_type, tensors = _read_source(subject)
-    if model_type in ("xmag", "xmag_lite"):
-        model = _load_xmag(subject, model_type, drop_path_rate)
+    path = _locate(subject)
+    model_type = _model_type(path)
+    if path is not None and model_type in ("xmag", "xmag_lite"):
+        model = _load_xmag(path, model_type, drop_path_rate)
     else:
-        naming, tensors = _recognise(tensors(), subject)
+        naming, tensors = _recognise(_read_tensors(subject, path), subject)
         if naming == "lite":
             model = _convert_lite(tensors, subject, drop_path_rate)
         else:
@@ -297,22 +299,26 @@ def _new_model(config: XMAGBaseConfig) -> XMAGModel | XMAGLiteModel:
 # --- reading ---------------------------------------------------------------------------------
 
 
-def _read_source(source: str) -> tuple[str | None, Callable[[], dict[str, Tensor]]]:
-    """(model_type if a config.json tells, a function that reads the tensors)."""
+def _locate(source: str) -> Path | None:
+    """File or folder of a source, downloaded if it is a Hub id; None for timm:NAME."""
     if source.startswith("timm:"):
-        return None, lambda: _read_timm(source.removeprefix("timm:"))
+        return None
     path = Path(source).expanduser()
-    if path.is_file():
-        return None, lambda: _read_file(path)
-    if not path.is_dir():
-        path = _fetch(source)
-    config = path / "config.json"
-    model_type = None
-    if config.is_file():
-        import json
+    return path if path.exists() else _fetch(source)
 
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    return model_type, lambda: _read_folder(path)
+
+def _model_type(path: Path | None) -> str | None:
+    """What config.json beside the weights calls the model, if there is one."""
+    config = None if path is None else path / "config.json"
+    if config is None or not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+
+
+def _read_tensors(source: str, path: Path | None) -> dict[str, Tensor]:
+    if path is None:
+        return _read_timm(source.removeprefix("timm:"))
+    return _read_folder(path) if path.is_dir() else _read_file(path)
 
 
 def _fetch(repository: str) -> Path:
@@ -379,13 +385,14 @@ def _read_timm(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def _load_xmag(source: str, model_type: str, drop_path_rate: float) -> XMAGModel | XMAGLiteModel:
+def _load_xmag(folder: Path, model_type: str, drop_path_rate: float) -> XMAGModel | XMAGLiteModel:
     """An XMAG folder or repository, refused where from_pretrained would fill gaps at random."""
     model_class = XMAGLiteModel if model_type == "xmag_lite" else XMAGModel
-    model, report = model_class.from_pretrained(
-        source, drop_path_rate=drop_path_rate, dtype=torch.float32, output_loading_info=True
+    loaded: Any = model_class.from_pretrained(
+        folder, drop_path_rate=drop_path_rate, dtype=torch.float32, output_loading_info=True
     )
-    _refuse_gaps(source, report["missing_keys"], [])
+    model, report = loaded
+    _refuse_gaps(str(folder), report["missing_keys"], [])
     return model.eval()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -178,12 +179,9 @@ def resample_centre(
             f"{target_mpp:g} um/px. Read the region from a finer level."
         )
     factor = target_mpp / mpp
-    # A hair of tolerance, so that 0.1 + 0.2 does not refuse an image that fits exactly.
-    sides = [
-        min(n * factor, have) if n * factor < have * (1 + 1e-6) else None
-        for n, have in zip(target_px, picture.size, strict=True)
-    ]
-    if None in sides:
+    # A hair of tolerance, so that rounding does not refuse an image that fits exactly.
+    sides = [min(n * factor, have) for n, have in zip(target_px, picture.size, strict=True)]
+    if any(side < n * factor * (1 - 1e-6) for side, n in zip(sides, target_px, strict=True)):
         needed = [math.ceil(n * factor - 1e-6) for n in target_px]
         raise ValueError(
             f"XMAGImageProcessor: {picture.width} x {picture.height} px at {mpp:g} um/px is less "

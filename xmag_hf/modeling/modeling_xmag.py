@@ -7,8 +7,6 @@ on the release that saved them. The names are those of 5.23.
 Travels to the Hub with the weights: imports torch, transformers and nothing of ours but siblings.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -25,7 +23,7 @@ from transformers.models.dinov2.modeling_dinov2 import (
     Dinov2PreTrainedModel,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_xmag import XMAGBaseConfig, XMAGConfig
 
@@ -110,10 +108,11 @@ class XMAGAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        for name in ("q_proj", "k_proj", "v_proj"):
-            bias = config.qkv_bias
-            self.add_module(name, nn.Linear(config.hidden_size, config.hidden_size, bias=bias))
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, N, D) -> (B, N, D) and weights (B, heads, N, N), which only eager returns."""
@@ -123,7 +122,7 @@ class XMAGAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         mixed, weights = attention(
             self, query, key, value, None, dropout=0.0, scaling=self.scaling
@@ -163,6 +162,7 @@ class XMAGEncoder(nn.Module):
 class XMAGPreTrainedModel(Dinov2PreTrainedModel):
     """Initialisation is DINOv2's; loading and saving are transformers'."""
 
+    config: XMAGConfig  # type: ignore[assignment]
     config_class = XMAGConfig
     base_model_prefix = "xmag"
     _no_split_modules = ["Dinov2Embeddings", "XMAGLayer"]

@@ -5,11 +5,10 @@ The network is timm's `tf_efficientnet_lite0`; here are only its outputs in XMAG
 Travels to the Hub with the weights: imports torch, transformers, timm and siblings.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import timm
 import torch
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import (
     ImageClassifierOutputWithNoAttention,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_xmag_lite import XMAGLiteConfig
 from .modeling_xmag import check_input, classify, linear_head, pool_to_grid
@@ -33,10 +32,10 @@ STRIDE_PX = 32  # input px per token of the last map
 class XMAGLitePreTrainedModel(PreTrainedModel):
     """Initialisation is TensorFlow's for EfficientNet; loading and saving are transformers'."""
 
+    config: XMAGLiteConfig
     config_class = XMAGLiteConfig
     base_model_prefix = "xmag_lite"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
     supports_gradient_checkpointing = True
 
     @torch.no_grad()
@@ -103,7 +102,7 @@ class XMAGLiteModel(XMAGLitePreTrainedModel):
             raise ValueError("output_attentions: XMAG-lite is convolutional and has no attention.")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        net = self.backbone
+        net: Any = self.backbone
         hidden = net.bn1(net.conv_stem(pixel_values.to(net.conv_stem.weight.dtype)))
         hidden_states = [hidden]
         for stage in net.blocks:
@@ -197,11 +196,12 @@ def _frozen_statistics(stage: nn.Module) -> Iterator[None]:
     running mean and variance, and the trained network would differ from the plain one.
     """
     norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracked = [norm.track_running_stats for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, before in zip(norms, tracked, strict=True):
-            norm.track_running_stats = before
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)

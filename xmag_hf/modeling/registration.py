@@ -22,7 +22,7 @@ def register_auto_classes() -> None:
     Safe to call twice. That a saved folder holds the code and an `auto_map` for it is a property
     of the classes (`_auto_class`, what `register_for_auto_class` sets), not of this call.
     """
-    for name, register in _AFTER_IMPORT.items():
+    for name, (_, register) in _REGISTRATIONS.items():
         importlib.import_module(name)
         register()
 
@@ -30,13 +30,13 @@ def register_auto_classes() -> None:
 def register_when_transformers_loads() -> None:
     """Like `register_auto_classes`, but importing nothing that is not imported yet."""
     waiting = {}
-    for name, register in _AFTER_IMPORT.items():
+    for name, (ours, register) in _REGISTRATIONS.items():
         if name in sys.modules:
             register()
         else:
-            waiting[name] = register
+            waiting[name] = (ours, register)
     if waiting:
-        sys.meta_path.insert(0, _RunAfterImport(waiting))
+        sys.meta_path.insert(0, _RegisterAfterImport(waiting))
 
 
 def _register_configs() -> None:
@@ -77,34 +77,55 @@ def _register_image_processors() -> None:
         AutoImageProcessor.register(config, image_processor_classes=dict(backends), exist_ok=True)
 
 
-_AFTER_IMPORT: dict[str, Callable[[], None]] = {
-    "transformers.models.auto.configuration_auto": _register_configs,
-    "transformers.models.auto.modeling_auto": _register_models,
-    "transformers.models.auto.image_processing_auto": _register_image_processors,
+_MODELS = (f"{__package__}.modeling_xmag", f"{__package__}.modeling_xmag_lite")
+_PROCESSORS = (f"{__package__}.image_processing_xmag",)
+
+# Module that defines an Auto class -> (modules of ours that import it themselves, registration).
+_REGISTRATIONS: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
+    "transformers.models.auto.configuration_auto": ((), _register_configs),
+    "transformers.models.auto.modeling_auto": (_MODELS, _register_models),
+    "transformers.models.auto.image_processing_auto": (_PROCESSORS, _register_image_processors),
 }
 
 
-class _RunAfterImport(MetaPathFinder):
-    """Finds nothing itself; has a function run right after each of some modules was executed."""
+class _RegisterAfterImport(MetaPathFinder):
+    """Finds nothing itself; runs a registration once its Auto class and our modules are loaded.
 
-    def __init__(self, waiting: dict[str, Callable[[], None]]):
+    Our modules are watched too: importing `modeling_xmag` first makes transformers load the Auto
+    classes half-way through it, when there is no `XMAGModel` to register yet.
+    """
+
+    def __init__(self, waiting: dict[str, tuple[tuple[str, ...], Callable[[], None]]]):
         self.waiting = waiting
+        self.watched = set(waiting).union(*(ours for ours, _ in waiting.values()))
+        self.executing: set[str] = set()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The module's ordinary spec, its loader followed by what waits for it."""
-        if fullname not in self.waiting:
+        """The module's ordinary spec, its loader followed by the registrations that are ready."""
+        if fullname not in self.watched:
             return None
-        register = self.waiting.pop(fullname)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            register()
+            self.executing.add(fullname)
+            try:
+                execute(module)
+            finally:
+                self.executing.discard(fullname)
+            self._register_ready()
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
+
+    def _register_ready(self) -> None:
+        for name in list(self.waiting):
+            ours, register = self.waiting.get(name, ((), None))  # a registration imports, too
+            ready = name in sys.modules and not self.executing.intersection((name, *ours))
+            if register and ready:
+                del self.waiting[name]
+                register()

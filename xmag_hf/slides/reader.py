@@ -311,6 +311,11 @@ def open_slide(
     handle = _open_handle(path, slide_id)
     try:
         return Slide(path, handle, slide_id, mpp)
+    except openslide.OpenSlideError as error:
+        handle.close()
+        raise SlideOpenError(
+            f"{slide_id}: {path} cannot be read: {error}. Copy or download it again."
+        ) from error
     except BaseException:
         handle.close()
         raise
