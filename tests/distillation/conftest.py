@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from xmag_hf.distillation.options import DistillOptions
+from xmag_hf.modeling import XMAGConfig, XMAGModel
 
 
 class MeanColour(nn.Module):
@@ -36,10 +37,16 @@ def teacher() -> MeanColour:
 
 @pytest.fixture
 def use_teacher(monkeypatch: pytest.MonkeyPatch, teacher: MeanColour) -> MeanColour:
-    """Let runs find the fake teacher under any name."""
+    """Let runs find the fake teacher under any name, and make a student of two narrow blocks."""
     monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", lambda *a, **k: teacher)
     monkeypatch.setattr("xmag_hf.distillation.trainer.check_encoder", lambda *a, **k: None)
+    monkeypatch.setattr("xmag_hf.distillation.trainer.build_student", _narrow_student)
     return teacher
+
+
+def _narrow_student(size: str, init: str | None, *, drop_path_rate: float) -> XMAGModel:
+    narrow = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return XMAGModel(XMAGConfig(**narrow, drop_path_rate=drop_path_rate))
 
 
 @pytest.fixture

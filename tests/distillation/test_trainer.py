@@ -12,6 +12,7 @@ from torch import nn
 from xmag_hf.distillation import checkpoints, trainer
 from xmag_hf.distillation.options import DistillationError, DistillOptions
 from xmag_hf.distillation.trainer import distill
+from xmag_hf.modeling.convert import build_student
 
 
 def _lines(options: DistillOptions) -> list[dict]:
@@ -28,8 +29,9 @@ def _curve(options: DistillOptions) -> list[tuple]:
 
 @pytest.mark.parametrize("student", ["lite", "tiny"])
 def test_a_run_learns_and_its_average_is_what_it_returns(
-    options, use_teacher, student: str
+    options, use_teacher, monkeypatch: pytest.MonkeyPatch, student: str
 ) -> None:
+    monkeypatch.setattr(trainer, "build_student", build_student)  # the real ones
     chosen = options(
         student=student,
         init="random" if student == "tiny" else None,

@@ -148,8 +148,8 @@ def test_after_import_xmag_hf(saved, tmp_path):
 
 ORDERS = {
     "transformers first": "import transformers.models.auto.modeling_auto, xmag_hf",
-    "model first": "from xmag_hf.modeling.modeling_xmag_lite import XMAGLiteModel",
-    "by name": "import xmag_hf.modeling as m; m.register_auto_classes(); m.register_auto_classes()",
+    "model first": "from xmag_hf.modeling import XMAGLiteModel, register_auto_classes as register\n"
+    "register(); register()",
 }
 
 

@@ -77,12 +77,14 @@ def test_mpp_resamples_the_centre_to_scale(mpp: float, tissue):
     """Against the Lanczos-3 kernel as matrices; border rows included, so neighbours count."""
     factor = 2.0 / mpp
     matrix = lanczos_matrix(1000, (1000 - 224 * factor) / 2, factor, 224)
-    rows = np.tensordot(matrix, tissue.astype(np.float64), 1)  # (224, 1000, 3)
-    exact = np.tensordot(rows, matrix, (1, 1)).transpose(0, 2, 1).clip(0, 255)
+    # Along x, then along y, with 8-bit grey levels in between: PIL's contract, which also cuts
+    # the overshoot at 0 and 255 there.
+    along_x = np.tensordot(matrix, tissue.astype(np.float64), (1, 1)).transpose(1, 0, 2)
+    exact = np.tensordot(matrix, along_x.clip(0, 255).round(), 1).clip(0, 255)
     processor = XMAGImageProcessor(image_mean=[0] * 3, image_std=[1] * 3)
     output = processor(tissue, mpp=mpp, return_tensors="np")["pixel_values"][0]
-    # PIL rounds to whole grey levels after each of its two passes.
-    assert np.abs(output.transpose(1, 2, 0) * 255 - exact).max() <= 1.0 + 1e-6
+    # Half a level by the last rounding, one where the first falls the other way.
+    assert np.abs(output.transpose(1, 2, 0) * 255 - exact).max() < 1.6
 
 
 def test_mpp_reduces_the_pair_region_as_the_corpus_does(tissue):

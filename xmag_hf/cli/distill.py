@@ -8,14 +8,15 @@ command to go on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xmag_hf._version import __version__
 from xmag_hf.cli.options import add_options, read_options
-from xmag_hf.distillation.options import DistillOptions
+from xmag_hf.distillation.options import DistillOptions, recorded_options
 
 if TYPE_CHECKING:
     from xmag_hf.distillation.trainer import DistillResult
@@ -25,7 +26,7 @@ EXAMPLE = (
     "xmag distill --data corpus --teacher efficientnet-lite0 --student lite --cache-teacher \\\n"
     "      --epochs 3 --batch-size 32 --learning-rate 1e-3 --output-dir xmag"
 )
-PACKAGES = ("xmag-hf", "torch", "transformers", "timm", "accelerate", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy")
 START_LICENCES = {"dinov2": "Apache-2.0", "imagenet": "Apache-2.0", "random": "none"}
 
 
@@ -102,19 +103,19 @@ def _card_facts(options: DistillOptions, result: DistillResult) -> CardFacts:
         teacher_source=teacher.source if teacher else "its own page",
         start=start,
         start_licence=START_LICENCES.get(start),
-        corpus=options.data,
+        corpus=Path(options.data).name if Path(options.data).exists() else options.data,
         corpus_fingerprint=result.corpus.fingerprint,
         corpus_source=options.data_source,
         corpus_licences=[options.data_licence],
         n_pairs=len(result.split.train),
         n_slides=len(set(index.slide[result.split.train].tolist())),
-        options=dataclasses.asdict(options),
-        versions={name: version(name) for name in PACKAGES},
+        options=recorded_options(options),
+        versions={"xmag_hf": __version__} | {name: version(name) for name in PACKAGES},
         alignment=result.alignment or None,  # type: ignore[arg-type]
         downstream=None,
         seeds=[options.seed],
         date=datetime.date.today().isoformat(),
-        repo_id=options.hub_model_id or options.output_dir,
+        repo_id=options.hub_model_id or Path(options.output_dir).name,
     )
 
 

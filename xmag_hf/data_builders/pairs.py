@@ -235,10 +235,12 @@ def write_slide(
         record.parts = parts.close()
         record.status = "ok" if record.pairs else "no_tissue"
         record.reason = "" if record.pairs else _no_tissue_reason(record, options)
-    except SlideError as error:
+    # SlideError is a ValueError; the others are what a header that lies can provoke.
+    except (ValueError, ArithmeticError, LookupError, MemoryError) as error:
         parts.discard()
-        refused = isinstance(error, SlideScaleError)
-        record.status, record.reason = ("refused" if refused else "failed"), str(error)
+        known, refused = isinstance(error, SlideError), isinstance(error, SlideScaleError)
+        record.status = "refused" if refused else "failed"
+        record.reason = str(error) if known else f"{row.slide_id}: {type(error).__name__}: {error}"
         record.pairs = 0
     write_atomically(folder / f"{key}.json", json.dumps(asdict(record), indent=1))
     return record

@@ -7,7 +7,6 @@ are those of an uninterrupted run.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -19,7 +18,12 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from xmag_hf._version import __version__
-from xmag_hf.distillation.options import DistillationError, DistillOptions, differing_options
+from xmag_hf.distillation.options import (
+    DistillationError,
+    DistillOptions,
+    differing_options,
+    recorded_options,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +40,7 @@ def checkpoint_folder(output_dir: str | Path) -> Path:
 def run_record(options: DistillOptions, fingerprint: str, teacher: str, world: int) -> dict:
     """What a checkpoint must agree with before it is continued (JSON-able)."""
     return {
-        "options": json.loads(json.dumps(dataclasses.asdict(options))),
+        "options": recorded_options(options),
         "corpus_fingerprint": fingerprint,
         "teacher_revision": teacher,
         "world": world,
@@ -94,7 +98,7 @@ def find_checkpoint(output_dir: str, record: dict[str, Any]) -> tuple[int, Path]
         return None
     step, folder = found[-1]
     old = json.loads((folder / RUN_FILE).read_text())
-    differences = differing_options(old["options"], DistillOptions(**_tuples(record["options"])))
+    differences = differing_options(old["options"], record["options"])
     for name in ("corpus_fingerprint", "teacher_revision", "world"):
         if old[name] != record[name]:
             differences.append(f"{name}: {old[name]} then, {record[name]} now")
@@ -127,7 +131,7 @@ def finished_with(output_dir: str, record: dict[str, Any]) -> bool:
             "or --overwrite to replace it."
         )
     old = json.loads(result.read_text())["run"]
-    differences = differing_options(old["options"], DistillOptions(**_tuples(record["options"])))
+    differences = differing_options(old["options"], record["options"])
     same_inputs = all(old[n] == record[n] for n in ("corpus_fingerprint", "teacher_revision"))
     if differences or not same_inputs:
         differences += [] if same_inputs else ["corpus or teacher weights"]
@@ -199,10 +203,6 @@ def _steps(output_dir: str) -> list[tuple[int, Path]]:
         if path.name.removeprefix("step-").isdigit() and (path / RUN_FILE).exists()
     ]
     return sorted(found)
-
-
-def _tuples(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
 
 
 def _sync(path: Path) -> None:

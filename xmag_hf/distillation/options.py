@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,30 +128,34 @@ class DistillOptions:
             raise DistillationError("--push_to_hub needs --hub_model_id ORG/NAME.")
 
 
+# Where things lie: the corpus is compared by its fingerprint, since a folder may move.
+PLACES = frozenset({"data", "output_dir", "cache_dir"})
 # What may differ between a run and its resumption without changing the loss curve.
-# The corpus is compared by its fingerprint, since a folder may move.
-RESUMABLE_DIFFERENCES = frozenset(
-    {
-        *("data", "output_dir", "cache_dir", "hub_model_id", "hub_private", "push_to_hub"),
-        *("num_workers", "checkpoint_steps", "resume", "overwrite", "log_steps", "report_to"),
-        *("alignment_pairs", "teacher_batch_size", "data_licence", "data_source"),
-    }
-)
+RESUMABLE_DIFFERENCES = PLACES | {
+    *("hub_model_id", "hub_private", "push_to_hub", "data_licence", "data_source"),
+    *("num_workers", "checkpoint_steps", "resume", "overwrite", "log_steps", "report_to"),
+    *("alignment_pairs", "teacher_batch_size"),
+}
 
 
-def differing_options(old: dict[str, Any], new: DistillOptions) -> list[str]:
+def recorded_options(options: DistillOptions) -> dict[str, Any]:
+    """Options as JSON for checkpoints and results; places on one's own disk are left out."""
+    values = json.loads(json.dumps(dataclasses.asdict(options)))
+    return {name: value for name, value in values.items() if name not in PLACES}
+
+
+def differing_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Say which options of a resumed run differ from those of its checkpoint.
 
     Args:
-        old: Options as stored (JSON, so tuples are lists).
-        new: Options of this run.
+        old: `recorded_options` of the checkpoint.
+        new: `recorded_options` of this run.
 
     Returns:
         Lines such as `learning_rate: 0.001 then, 0.0005 now`; empty when the curve can go on.
     """
-    lines = []
-    for name, value in dataclasses.asdict(new).items():
-        value = list(value) if isinstance(value, tuple) else value
-        if name not in RESUMABLE_DIFFERENCES and old.get(name) != value:
-            lines.append(f"{name}: {old.get(name)} then, {value} now")
-    return lines
+    return [
+        f"{name}: {old.get(name)} then, {value} now"
+        for name, value in new.items()
+        if name not in RESUMABLE_DIFFERENCES and old.get(name) != value
+    ]

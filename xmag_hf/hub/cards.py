@@ -14,8 +14,9 @@ MEASURES = ("cosine", "centred_cosine", "retrieval")
 ALIGNMENT_NOTE = (
     "Held-out pairs, scored after one ridge map from each frozen encoder to the teacher's space, "
     "fitted on training pairs. `constant` is the mean training-teacher feature: its cosine is what "
-    "a model gets that has learnt nothing, its centred cosine is 0. Retrieval is top-1 among the n "
-    "held-out pairs, with 1/n expected by chance. `disjoint` counts regions that do not overlap."
+    "a model gets that has learnt nothing, its centred cosine is 0. Retrieval is top-1: global "
+    "among all held-out pairs of the part, local among the sixteen cells of a pair; chance stands "
+    "beside it. `disjoint` counts regions that do not overlap: the honest sample size."
 )
 
 

@@ -195,7 +195,9 @@ def _frozen_statistics(stage: nn.Module) -> Iterator[None]:
     Checkpointing runs the forward pass twice; without this, every batch would count twice in the
     running mean and variance, and the trained network would differ from the plain one.
     """
-    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [
+        m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
