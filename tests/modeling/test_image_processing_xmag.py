@@ -167,8 +167,12 @@ import sys
 sys.modules["torchvision"] = None
 import numpy as np
 import xmag_hf
-from transformers import AutoImageProcessor
-processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+import transformers
+from xmag_hf.modeling import XMAGImageProcessor
+processor = XMAGImageProcessor.from_pretrained(sys.argv[1])
+if not transformers.__version__.startswith("5.17."):  # whose AutoImageProcessor needs torchvision
+    processor = transformers.AutoImageProcessor.from_pretrained(sys.argv[1])
+    assert type(processor) is XMAGImageProcessor
 image = np.full((224, 224, 3), 128, np.uint8)
 print(processor(image, return_tensors="pt").pixel_values.mean().item())
 """

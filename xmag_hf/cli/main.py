@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from xmag_hf._version import __version__
+from xmag_hf.cli.options import hyphenated
 
 # verb -> (module, one line for `xmag --help`). A module offers EXAMPLE, add_arguments and run.
 VERBS = {
@@ -55,7 +56,7 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     )
     module.add_arguments(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars, only results")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(hyphenated(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("xmag_hf").setLevel(logging.WARNING if args.quiet else logging.INFO)
     try:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
@@ -14,9 +15,10 @@ Options = TypeVar("Options")
 def add_options(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
     """Add one option for each field of the dataclass `options`.
 
-    A field `output_dir` becomes `--output-dir`, and `--output_dir` is taken too. Help text and
-    choices come from `field(metadata={"help": ..., "choices": ...})`; a field without a default is
-    required; a bool gets `--name` and `--no-name`; a tuple is given by repeating the option.
+    A field `output_dir` becomes `--output-dir` (`hyphenated` lets users write `--output_dir`). Help
+    text and choices come from `field(metadata={"help": ..., "choices": ...})`; a field without a
+    default is required; a bool gets `--name` and `--no-name`; a tuple takes several values, or the
+    option again.
 
     Args:
         parser: Gets the options.
@@ -37,9 +39,16 @@ def add_options(parser: argparse.ArgumentParser, options: type, skip: tuple[str,
             "help": f"{field.metadata.get('help', '')} ({shown})".replace("%", "%%"),
         }
         keywords |= _type_keywords(hints[field.name], field)
-        hyphens = "--" + field.name.replace("_", "-")
-        underscores = "--" + field.name
-        parser.add_argument(*dict.fromkeys([hyphens, underscores]), **keywords)
+        parser.add_argument("--" + field.name.replace("_", "-"), **keywords)
+
+
+def hyphenated(argv: Sequence[str]) -> list[str]:
+    """Write option names with hyphens: `--output_dir=a_b` becomes `--output-dir=a_b`."""
+    split = [arg.partition("=") if arg.startswith("--") else (arg, "", "") for arg in argv]
+    return [
+        (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+        for name, equals, value in split
+    ]
 
 
 def read_options(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:
@@ -74,7 +83,8 @@ def _type_keywords(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    keywords: dict[str, Any] = {"metavar": field.metadata.get("metavar", "VALUE")}
+    short = {int: "N", float: "F"}.get(hint, "TEXT")
+    keywords: dict[str, Any] = {"metavar": field.metadata.get("metavar", short)}
     if typing.get_origin(hint) is tuple:
         keywords |= {"action": "extend", "nargs": "+", "type": typing.get_args(hint)[0]}
     else:

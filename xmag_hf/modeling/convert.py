@@ -335,7 +335,8 @@ def _fetch(repository: str) -> Path:
         raise WeightsUnavailableError(
             f"{repository}: no such file or folder, and not to be had from the Hub "
             f"({type(error).__name__}). Download it where there is a network (hf download "
-            f"{repository} --local-dir PATH) and give --init PATH, or start with --init random."
+            f"{repository} --local-dir PATH) and name PATH instead (--init PATH), or start "
+            "with --init random."
         ) from error
 
 

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xmag_hf.cli.main import VERBS, main
+from xmag_hf.cli.options import add_options, hyphenated, read_options
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"xmag {verb}" in text and "example:" in text and "--quiet" in text
+
+
+def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    for wrong in (["nonsense"], ["distill"], ["distill", "--data", "x", "--student", "huge"]):
+        with pytest.raises(SystemExit) as stop:
+            main(wrong)
+        assert stop.value.code == 2
+    assert "invalid choice: 'huge'" in capsys.readouterr().err
+
+
+def test_failure_is_1_and_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code = main(["distill", "--data", str(tmp_path), "--teacher", "no-such-teacher", "--quiet"])
+    error = capsys.readouterr().err
+    assert code == 1
+    assert error.startswith("xmag distill: ") and "no-such-teacher" in error
+    assert "Traceback" not in error
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xmag_hf.cli import convert
+
+    def broken(*args: object) -> int:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(convert, "run", broken)
+    with pytest.raises(KeyError):
+        main(["convert", "a", "b"])
+
+
+def test_top_level_help_imports_no_torch() -> None:
+    code = "import sys; from xmag_hf.cli.main import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'openslide')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    out_dir: str
+    rate: float = 0.5
+    limit: int | None = None
+    parts: tuple[str, ...] = ()
+    flag: bool = True
+    kind: str = dataclasses.field(default="a", metadata={"choices": ("a", "b")})
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--out-dir", "x"], _Options("x")),
+        (["--out_dir", "x", "--rate", "2", "--limit", "3"], _Options("x", 2.0, 3)),
+        (
+            ["--out-dir=x", "--parts", "p", "q", "--parts", "r"],
+            _Options("x", parts=("p", "q", "r")),
+        ),
+        (["--out-dir", "x", "--no-flag", "--kind", "b"], _Options("x", flag=False, kind="b")),
+    ],
+)
+def test_options_come_from_the_dataclass(argv: list[str], expected: _Options) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, _Options)
+    assert read_options(_Options, parser.parse_args(hyphenated(argv))) == expected
