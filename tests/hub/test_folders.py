@@ -274,3 +274,20 @@ def test_push_when_the_hub_cannot_be_reached(tmp_path, monkeypatch):
     )
     with pytest.raises(PublishError, match="could not be reached"):
         push_folder(out, "org/name")
+
+
+def test_every_file_is_as_readable_as_the_others(tmp_path: Path) -> None:
+    """safetensors writes its files for the owner alone."""
+    from xmag_hf.hub.cards import render_start_card
+    from xmag_hf.modeling import XMAGConfig, XMAGModel
+    from xmag_hf.modeling.convert import image_processor_for
+
+    narrow = XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    model = XMAGModel(narrow)
+    card = render_start_card("nothing", "xmag", model.num_parameters())
+    folder = save_folder(model, image_processor_for(model), card, tmp_path / "xmag")
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {plain.stat().st_mode}
+    with pytest.raises(PublishError, match="exists already"):
+        save_folder(model, image_processor_for(model), card, folder, replace=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 EXAMPLE = "xmag convert facebook/dinov2-base xmag-start --size base"
 
@@ -25,14 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Convert, save, say what was made."""
-    from xmag_hf.modeling.convert import convert_checkpoint, save_encoder
+    from xmag_hf.hub.cards import render_start_card
+    from xmag_hf.hub.folders import save_folder
+    from xmag_hf.modeling.convert import convert_checkpoint, image_processor_for
 
     model = convert_checkpoint(args.source, args.size)
-    folder = save_encoder(model, args.out)
-    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(
-        f"{folder}: {model.config.model_type}, {count:.1f}M parameters, checked against the source"
-    )
+    kind, count = model.config.model_type, model.num_parameters()
+    local = Path(args.source)
+    card = render_start_card(local.name if local.exists() else args.source, kind, count)
+    folder = save_folder(model, image_processor_for(model), card, args.out, replace=False)
+    print(f"{folder}: {kind}, {count / 1e6:.1f}M parameters, checked against the source")
     if not args.quiet:
         print(
             f'next: python -c "import xmag_hf; from transformers import AutoModel; '

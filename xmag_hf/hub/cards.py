@@ -148,6 +148,35 @@ def render_card(facts: CardFacts) -> str:
     return str(card)
 
 
+def render_start_card(source: str, model_type: str, parameters: int) -> str:
+    """Card of weights that were converted, not distilled.
+
+    Args:
+        source: Name of what was converted.
+        model_type: `xmag` or `xmag_lite`.
+        parameters: Number of weights.
+
+    Returns:
+        README.md of the folder.
+    """
+    from huggingface_hub import ModelCardData
+
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        license="other",
+        license_name="that-of-the-source",
+        license_link="README.md#licence",
+        tags=["pathology", "xmag"],
+    )
+    return (
+        f"---\n{metadata}\n---\n\n# Converted weights\n\n"
+        f"`{source}` in the form of `{model_type}` ({parameters / 1e6:.1f}M parameters), checked "
+        "to compute the same. Nothing was trained: this is a start for `train_distill.py --init`, "
+        "or a released encoder under new names.\n\n## Licence\n\nThat of the source.\n"
+    )
+
+
 def _template() -> str:
     return (resources.files("xmag_hf.hub") / "MODEL_CARD.md").read_text(encoding="utf-8")
 

@@ -45,6 +45,8 @@ def save_folder(
     card_text: str,
     out_dir: str | os.PathLike[str],
     extra_files: Mapping[str, str] | None = None,
+    *,
+    replace: bool = True,
 ) -> Path:
     """Write a model folder that `AutoModel.from_pretrained` loads, complete or absent.
 
@@ -55,18 +57,21 @@ def save_folder(
         out_dir: The folder. An earlier model of ours in it is replaced; sub-folders and other files
             stay.
         extra_files: File name to text, beside the model's own files.
+        replace: Allow a folder that holds something.
 
     Returns:
         The folder.
 
     Raises:
-        PublishError: `out_dir` is a file, or holds a model that is not ours; or nothing that loads
-            was written.
+        PublishError: `out_dir` is a file, holds a model that is not ours, or anything at all and
+            `replace` is off; or nothing that loads was written.
         ValueError: A name in `extra_files` is a path, or one of the model's own files.
     """
     # A link to a folder is followed, so that it stays a link.
     out_dir = Path(out_dir).resolve()
     _refuse_foreign(out_dir)
+    if not replace and out_dir.exists() and any(out_dir.iterdir()):
+        raise PublishError(f"{out_dir}: exists already. Choose another folder, or remove it first.")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.parent / f".{out_dir.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,7 +82,10 @@ def save_folder(
         (partial / CARD).write_text(card_text, encoding="utf-8")
         _write_extras(partial, extra_files or {})
         _check_complete(partial)
+        mode = (partial / CONFIG).stat().st_mode
         for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)  # safetensors writes 0600, which shuts colleagues out
             _fsync(path)
         _fsync(partial)
     except BaseException:

@@ -7,11 +7,8 @@ holding the source's tensors before anything is returned, let alone saved.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -219,45 +216,6 @@ def image_processor_for(model_or_config: Any) -> XMAGImageProcessor:
     if isinstance(config, XMAGLiteConfig):
         return XMAGImageProcessor(image_mean=LITE_MEAN, image_std=LITE_STD, **shape)
     return XMAGImageProcessor(**shape)
-
-
-def save_encoder(model: XMAGModel | XMAGLiteModel, out: str | Path) -> Path:
-    """Write encoder, image processor and their code to a new folder, complete or not at all.
-
-    Args:
-        model: What `convert_checkpoint` or `build_student` returned.
-        out: Folder that does not exist yet, or is empty.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: `out` holds something.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists already. Choose another folder, or remove it first.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's 0700 would shut out everyone else
-        model.save_pretrained(temporary)
-        image_processor_for(model).save_pretrained(temporary)
-        for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _fsync(out.parent)
-    return out
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _convert(
