@@ -10,6 +10,7 @@ import pytest
 from xmag_hf.distillation.corpus import (
     PairIndex,
     count_disjoint,
+    iterate_shard,
     open_corpus,
     read_pairs,
     split_pairs,
@@ -135,3 +136,29 @@ def test_clear_errors(tmp_path: Path, pair_corpus: Path) -> None:
     )
     with pytest.raises(DistillationError, match="holds no pair"):
         open_corpus(str(tmp_path))
+
+
+def test_shards_are_read_from_any_address(pair_corpus: Path) -> None:
+    import fsspec
+
+    path = sorted((pair_corpus / "data").iterdir())[0]
+    with fsspec.open("memory://corpus/train-00000-of-00001.parquet", "wb") as file:
+        file.write(path.read_bytes())
+    far = list(iterate_shard("memory://corpus/train-00000-of-00001.parquet", ["x", "image_5x"], 5))
+    assert far == list(iterate_shard(str(path), ["x", "image_5x"]))
+    assert [row for row, _ in far] == list(range(12))
+
+
+def test_a_repository_is_downloaded(pair_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository: str, **options: object) -> str:
+        asked.append((repository, options["repo_type"], options["allow_patterns"]))
+        return str(pair_corpus)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    corpus = open_corpus("lab/pairs")
+    assert len(corpus.index) == 24 and corpus.location == "lab/pairs"
+    assert asked == [("lab/pairs", "dataset", ["data/*.parquet", "corpus.json"])]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,3 +104,14 @@ def test_the_program_runs_on_two_processes(
     record = json.loads((out / "distillation.json").read_text())
     assert record["run"]["world"] == 2 and record["alignment"]
     assert (out / "model.safetensors").exists() and not (out / "checkpoints").exists()
+
+    from transformers import AutoImageProcessor, AutoModel
+
+    model = AutoModel.from_pretrained(out)
+    picture = np.full((224, 224, 3), 200, np.uint8)
+    pixels = AutoImageProcessor.from_pretrained(out)(picture, return_tensors="pt")
+    assert model(**pixels).pooler_output.shape == (1, 1280)
+    assert (model.config.teacher, model.config.teacher_dim) == ("efficientnet-lite0", 1280)
+    card = (out / "README.md").read_text()
+    assert "distilled" in card and str(tmp_path) not in card
+    assert str(tmp_path) not in json.dumps(record)

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
             private = options.hub_private
             print(push_folder(options.output_dir, options.hub_model_id, private=private))
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # the others leave once the folder is there
+    state.destroy_process_group()
     return 0
 
 

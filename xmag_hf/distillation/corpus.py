@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from xmag_hf.distillation.options import DistillationError
 
 INDEX_COLUMNS = ("slide_id", "x", "y", "width0")
 REGION_PX = 896
+INDEX_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def open_corpus(data: str, *, streaming: bool = False) -> Corpus:
             f"{data}: no data/*.parquet there. Make a corpus with `xmag corpus SLIDES --out {data}`"
             + (" (its .partial folder is not finished)." if data.endswith(".partial") else ".")
         )
-    tables = [_read_index_columns(shard) for shard in shards]
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:  # thousands of shards, perhaps far away
+        tables = list(pool.map(_read_index_columns, shards))
     rows = np.array([table.num_rows for table in tables])
     if rows.sum() == 0:
         raise DistillationError(f"{data}: the corpus holds no pair.")

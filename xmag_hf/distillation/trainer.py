@@ -12,13 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -164,7 +165,8 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     seconds, last = _train(run)
     alignment = _score(run, start) if split.held_out and accelerator.is_main_process else []
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     student = _finished_student(run)
     return DistillResult(
         student,
@@ -186,11 +188,15 @@ def _accelerator(options: DistillOptions) -> Accelerator:
         on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if on_gpu else "no"
     return Accelerator(
+        # Said outright, because torchrun without a GPU otherwise makes N strangers, not a group.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=list(options.report_to) or None,
         project_dir=options.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=True)],
+        # Processes wait for each other after the teacher cache and while one scores: with the
+        # default of ten minutes a large corpus would end the run there.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
 
 
