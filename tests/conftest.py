@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+# Mapped corpora leave an Arrow copy: not in the user's own cache.
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="xmag-test-datasets-"))
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,7 +91,7 @@ def _pair(region: np.ndarray, slide_id: str, x: int, y: int) -> dict:
         "image_20x": {"bytes": _png(image), "path": None},
         "image_5x": {"bytes": _png(small), "path": None},
         "slide_id": slide_id,
-        "patient_id": "p",
+        "patient_id": f"patient of {slide_id}",
         "x": x,
         "y": y,
         "width0": 896.0,

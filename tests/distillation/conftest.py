@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from xmag_hf.distillation.options import DistillOptions
+from xmag_hf.encoders import ENCODERS, EncoderCard
 from xmag_hf.modeling import XMAGConfig, XMAGModel
 
 
@@ -38,8 +40,17 @@ def teacher() -> MeanColour:
 @pytest.fixture
 def use_teacher(monkeypatch: pytest.MonkeyPatch, teacher: MeanColour) -> MeanColour:
     """Let runs find the fake teacher under any name, and make a student of two narrow blocks."""
-    monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", lambda *a, **k: teacher)
-    monkeypatch.setattr("xmag_hf.distillation.trainer.check_encoder", lambda *a, **k: None)
+
+    def load(*args: object, **kwargs: object) -> MeanColour:
+        torch.rand(7)  # as a real teacher does, building its layers before their weights are read
+        return teacher
+
+    def check(name: str) -> EncoderCard:
+        known = ENCODERS["efficientnet-lite0"]
+        return dataclasses.replace(known, name=teacher.name, revision=teacher.revision)
+
+    monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", load)
+    monkeypatch.setattr("xmag_hf.distillation.teacher.check_encoder", check)
     monkeypatch.setattr("xmag_hf.distillation.trainer.build_student", _narrow_student)
     return teacher
 

@@ -74,12 +74,25 @@ def test_the_constant_scores_its_cosine_zero_and_chance() -> None:
 
 def test_identical_candidates_do_not_count_against_a_prediction() -> None:
     target = np.array([[[1.0, 0], [1.0, 0], [0, 1.0]]])
-    assert score_predictions(target, target, np.zeros(2)).retrieval == 1.0
+    got = score_predictions(target, target, np.zeros(2))
+    assert got.retrieval == 1.0
+    assert got.chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
 
 
-def test_folds_are_bands_within_each_slide() -> None:
-    slide = np.repeat([0, 1], 10)
-    y = np.concatenate([np.arange(10), np.arange(10)[::-1] * 7])
+def test_folds_are_bands_within_slides_that_have_rows_enough() -> None:
+    slide = np.repeat([0, 7], 20)
+    y = np.concatenate([np.arange(20), np.arange(20)[::-1] * 7])
     folds = spatial_folds(slide, y)
-    assert folds[:10].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert folds[10:].tolist() == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    assert folds[:20].tolist() == np.repeat(range(5), 4).tolist()
+    assert folds[20:].tolist() == np.repeat(range(5), 4)[::-1].tolist()
+
+
+def test_folds_of_many_small_slides_are_whole_slides_of_even_weight() -> None:
+    rng = np.random.default_rng(0)
+    slide = rng.choice(2000, 3000)
+    folds = spatial_folds(slide, rng.integers(0, 9000, 3000))
+    assert np.bincount(folds).tolist() == pytest.approx([600] * 5, abs=5)
+    assert all(len(set(folds[slide == number])) == 1 for number in np.unique(slide))
+    assert set(spatial_folds(np.arange(3), np.zeros(3)).tolist()) == {0, 1, 2}  # one pair a slide
+    with pytest.raises(ValueError, match="at least 2"):
+        spatial_folds(np.zeros(1), np.zeros(1))

@@ -18,11 +18,16 @@ from xmag_hf.distillation.corpus import (
 from xmag_hf.distillation.options import DistillationError
 
 
-def _index(xs: list[int], ys: list[int], slides: list[int] | None = None) -> PairIndex:
+def _index(
+    xs: list[int], ys: list[int], slides: list[int] | None = None, patients=None
+) -> PairIndex:
     slides = slides or [0] * len(xs)
     names = np.array([f"s{i}" for i in range(max(slides) + 1)], dtype=object)
     width = np.full(len(xs), 896.0)
-    return PairIndex(names, np.array(slides, np.int32), np.array(xs), np.array(ys), width)
+    coded = np.array(slides, np.int32)
+    return PairIndex(
+        names, coded, coded if patients is None else patients, *map(np.array, (xs, ys)), width
+    )
 
 
 def test_index_is_the_shards_in_order(pair_corpus: Path) -> None:
@@ -72,6 +77,16 @@ def test_no_training_region_shares_a_pixel_with_a_held_out_one(part: str) -> Non
                 abs(index.x[a] - index.x[b]) < 896 and abs(index.y[a] - index.y[b]) < 896 and same
             )
             assert not overlap
+
+
+def test_other_slides_of_a_held_out_patient_are_not_trained_on() -> None:
+    patients = np.array([0, 0, 1], np.int32)
+    index = _index([0, 0, 0], [0, 0, 0], [0, 1, 2], patients)
+    split = split_pairs(index, ["s0"])
+    assert split.held_out["s0"].tolist() == [0]
+    assert split.train.tolist() == [2] and split.dropped == 1
+    banded = split_pairs(_index([0, 0, 0], [0, 896, 0], [0, 0, 1], patients), ["s0:y<0.5"])
+    assert banded.train.tolist() == [1, 2]  # a band holds out that part of the slide alone
 
 
 def test_two_parts_of_one_slide_are_both_held_out() -> None:

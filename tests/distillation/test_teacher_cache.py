@@ -110,21 +110,50 @@ def test_an_interrupted_build_is_completed_not_repeated(
 
 
 def test_found_without_the_teacher(corpus: Corpus, teacher, tmp_path: Path) -> None:
-    assert find_cache(tmp_path, "mean-colour", None, corpus, True) is None
+    def find(name: str = "mean-colour", **changes):
+        return find_cache(tmp_path, name, corpus, **changes)
+
+    assert find() is None
     build_cache(corpus, teacher, tmp_path)
-    assert find_cache(tmp_path, "mean-colour", None, corpus, True) is None  # still partial
+    assert find() is None  # still partial
     _build(corpus, teacher, tmp_path)
-    assert find_cache(tmp_path, "mean-colour", None, corpus, True) == teacher_identity(
-        teacher, corpus
-    )
-    assert find_cache(tmp_path, "mean-colour", "bf16", corpus, True) is None
-    assert find_cache(tmp_path, "other", None, corpus, True) is None
+    identity = teacher_identity(teacher, corpus)
+    assert find() == find(revision="sha256:0", precision="fp32") == identity
+    assert find(precision="bf16") is None
+    assert find(revision="sha256:1") is None  # the teacher's weights have changed since
+    assert find("other") is None
     with pytest.raises(DistillationError, match="sub-patches shared"):
-        find_cache(tmp_path, "mean-colour", None, corpus, False)
+        find(share=False)
     teacher.revision = "sha256:1"
     _build(corpus, teacher, tmp_path)
+    assert find(revision="sha256:0") == identity
     with pytest.raises(DistillationError, match="several caches"):
-        find_cache(tmp_path, "mean-colour", None, corpus, True)
+        find()
+    (tmp_path / identity.key / "features-00000-of-00002.h5").write_bytes(b"damaged")
+    assert find() == teacher_identity(teacher, corpus)  # the other one
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_shard_is_computed_anew_and_only_it(
+    corpus: Corpus, teacher, tmp_path: Path, lost: int
+) -> None:
+    features = _build(corpus, teacher, tmp_path)
+    before, seen = features.rows(np.arange(24)), teacher.seen
+    features.paths[lost].unlink()
+    assert find_cache(tmp_path, "mean-colour", corpus) is None
+    again = _build(corpus, teacher, tmp_path)
+    assert teacher.seen == seen + 7 * 6
+    assert np.array_equal(again.rows(np.arange(24)), before)
+
+
+def test_few_files_stay_open(
+    corpus: Corpus, teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xmag_hf.distillation.teacher_cache.MOST_OPEN_FILES", 1)
+    features = _build(corpus, teacher, tmp_path)
+    rows = np.array([0, 13, 1, 14])
+    assert np.array_equal(features.rows(rows), np.stack([features[r] for r in rows]))
+    assert len(features._files) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "attribute", "rows", "version"])

@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +14,16 @@ import pytest
 import torch
 from torch import nn
 
+from xmag_hf.cli.main import main
 from xmag_hf.distillation import checkpoints, trainer
-from xmag_hf.distillation.options import DistillationError, DistillOptions
-from xmag_hf.distillation.trainer import distill
+from xmag_hf.distillation.options import (
+    DistillationError,
+    DistillOptions,
+    differing_options,
+    recorded_options,
+)
+from xmag_hf.distillation.trainer import distill, score_result
+from xmag_hf.encoders import EncoderError
 from xmag_hf.modeling.convert import build_student
 
 
@@ -35,7 +47,7 @@ def test_a_run_learns_and_its_average_is_what_it_returns(
     chosen = options(
         student=student,
         init="random" if student == "tiny" else None,
-        max_steps=8,
+        max_steps=16,
         learning_rate=1e-3,
         cache_teacher=True,
         holdout=("lower",),
@@ -44,8 +56,8 @@ def test_a_run_learns_and_its_average_is_what_it_returns(
     result = distill(chosen, quiet=True)
     assert result is not None
     losses = [line["loss"] for line in _lines(chosen)]
-    assert np.mean(losses[-2:]) < np.mean(losses[:2]) < 0.5
-    assert len(losses) == 8
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.05
+    assert len(losses) == 16
     for line in _lines(chosen):
         assert line["loss"] == pytest.approx(line["loss_global"] + 0.5 * line["loss_local"], 1e-4)
         assert 0 <= line["data_wait_share"] <= 1 and line["pairs_per_second"] > 0
@@ -53,8 +65,9 @@ def test_a_run_learns_and_its_average_is_what_it_returns(
     assert not result.student.training
     assert result.student.config.teacher == "mean-colour"
     assert result.student.config.teacher_dim == 3
-    assert {row["student"] for row in result.alignment} == {"constant", "start", "distilled"}
-    assert all(row["n_pairs"] == 12 for row in result.alignment)
+    alignment = score_result(result)
+    assert {row["student"] for row in alignment} == {"constant", "start", "distilled"}
+    assert all(row["n_pairs"] == 12 for row in alignment)
     assert use_teacher.seen == 2 * 7 * 6  # cached: each sub-patch once, never again
 
 
@@ -62,10 +75,8 @@ def test_schedule_is_warmup_then_cosine(options, use_teacher) -> None:
     chosen = options(max_steps=10, warmup_ratio=0.2, learning_rate=1e-3)
     distill(chosen, quiet=True)
     rates = [line["learning_rate"] for line in _lines(chosen)]
-    # Logged after step n: the rate of step n + 1; two of ten steps are warm-up.
-    expected = [
-        n / 2 if n < 2 else 0.5 * (1 + math.cos(math.pi * (n - 2) / 8)) for n in range(1, 11)
-    ]
+    # Two of ten steps are warm-up, from 0; the rest half a cosine.
+    expected = [n / 2 if n < 2 else 0.5 * (1 + math.cos(math.pi * (n - 2) / 8)) for n in range(10)]
     assert rates == pytest.approx([1e-3 * share for share in expected], abs=1e-12)
 
 
@@ -114,9 +125,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(
     options, use_teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-    import signal
-
     chosen = options(max_steps=5)
     real = trainer._step
 
@@ -148,10 +156,15 @@ def test_a_finished_folder_is_neither_redone_nor_overwritten(
     result = distill(chosen, quiet=True)
     assert result is not None
     folder = Path(chosen.output_dir)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    for overwrite in (False, True):  # saving would be refused at the end, so training is, too
+        with pytest.raises(DistillationError, match="another model .*bert"):
+            distill(options(max_steps=2, overwrite=overwrite), quiet=True)
+    (folder / "config.json").write_text('{"model_type": "xmag"}')
     with pytest.raises(DistillationError, match="no distillation run made"):
         distill(chosen, quiet=True)
-    (folder / checkpoints.RESULT_FILE).write_text(json.dumps({"run": result.run}))
+    record = folder / checkpoints.RESULT_FILE
+    record.write_text(json.dumps({"run": result.run, "scored": True}))
     assert distill(chosen, quiet=True) is None
     with pytest.raises(DistillationError, match="seed: 0 then, 1 now"):
         distill(options(max_steps=2, seed=1), quiet=True)
@@ -163,24 +176,141 @@ def test_nan_stops_and_names_slides(options, use_teacher) -> None:
         distill(options(), quiet=True)
 
 
-def test_the_teacher_is_checked_before_any_data(options, monkeypatch) -> None:
-    def gated(name: str) -> None:
-        raise DistillationError(f"{name} is gated")
+def _unavailable(*args: object, **kwargs: object) -> None:
+    raise EncoderError("mean-colour is gated")
 
-    monkeypatch.setattr(trainer, "check_encoder", gated)
-    with pytest.raises(DistillationError, match="is gated"):
+
+def test_the_teacher_is_checked_before_any_data(options, use_teacher, monkeypatch) -> None:
+    monkeypatch.setattr("xmag_hf.distillation.teacher.check_encoder", _unavailable)
+    with pytest.raises(EncoderError, match="is gated"):
         distill(options(data="/nowhere/at/all"), quiet=True)
+    with pytest.raises(EncoderError, match="is gated"):  # and no cache stands in for it
+        distill(options(cache_teacher=True), quiet=True)
 
 
 def test_a_complete_cache_needs_no_teacher(options, use_teacher, monkeypatch) -> None:
+    """Neither its weights, nor the Hub to check them, as on a compute node without a network."""
     distill(options(cache_teacher=True, max_steps=1), quiet=True)
-
-    def unavailable(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the teacher was loaded")
-
-    monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", unavailable)
+    monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", _unavailable)
+    monkeypatch.setattr("xmag_hf.distillation.teacher.check_encoder", _unavailable)
     again = options(cache_teacher=True, max_steps=1, output_dir=options().output_dir + "2")
     assert distill(again, quiet=True) is not None
+
+
+def test_a_cache_of_older_weights_is_not_used(options, use_teacher) -> None:
+    distill(options(cache_teacher=True, max_steps=1), quiet=True)
+    use_teacher.revision, seen = "sha256:new", use_teacher.seen
+    again = options(cache_teacher=True, max_steps=1, output_dir=options().output_dir + "2")
+    result = distill(again, quiet=True)
+    assert result is not None and result.teacher.revision == "sha256:new"
+    assert use_teacher.seen == 2 * seen
+
+
+def test_the_curve_does_not_depend_on_whether_the_cache_was_there(
+    options, use_teacher, tmp_path: Path
+) -> None:
+    first, second = (
+        options(cache_teacher=True, max_steps=2, output_dir=str(tmp_path / name)) for name in "ab"
+    )
+    distill(first, quiet=True)
+    distill(second, quiet=True)
+    assert _curve(first) == _curve(second)
+
+
+def test_synchronised_batchnorm_keeps_the_network(options) -> None:
+    """Several GPUs: timm's BatchNorms hold the activations, which torch's converter drops."""
+    student = build_student("lite").eval()
+    pixels = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        before = student(pixel_values=pixels).pooler_output
+        after = trainer.convert_sync_batchnorm(student)(pixel_values=pixels).pooler_output
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in student.modules())
+    assert torch.equal(before, after)
+
+
+def test_sigterm_to_the_whole_group_leaves_a_checkpoint(
+    pair_corpus: Path, tmp_path: Path, project_root: Path
+) -> None:
+    """As a scheduler sends it: to the trainer and to its loader processes."""
+    out = tmp_path / "out"
+    options = {
+        "data": pair_corpus,
+        "teacher": "efficientnet-lite0",
+        "student": "lite",
+        "cache_dir": tmp_path / "cache",
+        "output_dir": out,
+        "batch_size": 2,
+        "max_steps": 500,
+        "log_steps": 1,
+        "num_workers": 2,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, str(project_root / "train_distill.py"), *flags, "--cache_teacher"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = out / "metrics.jsonl"
+    for _ in range(1200):
+        if run.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            break
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode == 1, error
+    assert "stopped by SIGTERM after step" in error and "Traceback" not in error
+    assert [path.name[:5] for path in (out / "checkpoints").iterdir()] == ["step-"]
+
+
+def test_a_failed_score_does_not_lose_the_model(
+    options, use_teacher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = options(max_steps=2, holdout=("lower",), cache_teacher=True)
+    flags = ["--cache-teacher", "--quiet"]
+    for name in [
+        "data",
+        "teacher",
+        "student",
+        "output_dir",
+        "cache_dir",
+        "batch_size",
+        "max_steps",
+        "num_workers",
+    ]:
+        flags.append(f"--{name}={getattr(chosen, name)}")
+    flags.append("--holdout=lower")
+    folder, real = Path(chosen.output_dir), trainer.score_result
+
+    def fails(result: object) -> None:
+        raise DistillationError("pair 13, image_5x: does not decode")
+
+    monkeypatch.setattr(trainer, "score_result", fails)
+    assert main(["distill", *flags]) == 1
+    assert "pair 13, image_5x" in capsys.readouterr().err
+    assert "not measured" in (folder / "README.md").read_text()
+    weights = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(trainer, "score_result", real)
+    assert main(["distill", *flags]) == 0  # goes on after its last step, and scores
+    assert "loss nan" not in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert "centred cosine" in (folder / "README.md").read_text()
+    assert not (folder / "checkpoints").exists()
+    assert main(["distill", *flags]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_stream_is_resumed_with_as_many_loader_processes(options) -> None:
+    for streaming, expected in ((False, []), (True, ["num_workers: 0 then, 2 now"])):
+        then, now = (recorded_options(options(streaming=streaming, num_workers=n)) for n in (0, 2))
+        assert differing_options(then, now) == expected
+
+
+def test_metrics_are_json_even_where_gradients_overflow(tmp_path: Path) -> None:
+    metrics = checkpoints.Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics.write({"step": 1, "grad_norm": float("inf"), "loss": -0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == {
+        "step": 1,
+        "grad_norm": None,
+        "loss": -0.5,
+    }
 
 
 def test_live_and_cached_teacher_give_one_loss_curve(options, use_teacher, tmp_path) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from xmag_hf._version import __version__
 from xmag_hf.cli.options import add_options, read_options
@@ -44,30 +45,54 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     options = read_options(DistillOptions, args)
     result = distill(options, quiet=args.quiet)
     state = PartialState()
+    failed = False
     if state.is_main_process:
         if result is None:
-            print(f"{options.output_dir} already holds this model; nothing to do.")
+            print(
+                f"{options.output_dir} already holds this model; nothing to do "
+                "(--overwrite makes it again)."
+            )
         else:
-            save_result(options, result)
-            _print_result(options, result)
-        if options.push_to_hub and options.hub_model_id:
+            failed = _save_and_score(result)
+        if options.push_to_hub and options.hub_model_id and not failed:
             from xmag_hf.hub.folders import push_folder
 
             private = options.hub_private
             print(push_folder(options.output_dir, options.hub_model_id, private=private))
     state.wait_for_everyone()  # the others leave once the folder is there
     state.destroy_process_group()
-    return 0
+    return int(failed)
 
 
-def save_result(options: DistillOptions, result: DistillResult) -> None:
-    """Write encoder, processor, card and record into `output_dir`, then drop the checkpoints."""
-    from xmag_hf.distillation.checkpoints import RESULT_FILE, remove_checkpoints
+def _save_and_score(result: DistillResult) -> bool:
+    """Save the model, then score it and save again with the scores; whether scoring failed."""
+    from xmag_hf.distillation.checkpoints import remove_checkpoints
+    from xmag_hf.distillation.trainer import score_result
+
+    _save(result, [], scored=False)  # first of all: nothing that happens now may lose the model
+    try:
+        alignment = score_result(result)
+    except (ValueError, OSError) as error:
+        print(
+            f"{result.options.output_dir} is saved, but its alignment could not be measured: "
+            f"{error}\nRun the same command to try again.",
+            file=sys.stderr,
+        )
+        return True
+    _save(result, alignment, scored=True)
+    remove_checkpoints(result.options.output_dir)
+    _print_result(result, alignment)
+    return False
+
+
+def _save(result: DistillResult, alignment: list[dict[str, Any]], *, scored: bool) -> None:
+    """Write encoder, processor, card and record into `output_dir`."""
+    from xmag_hf.distillation.checkpoints import RESULT_FILE
     from xmag_hf.hub.cards import render_card
     from xmag_hf.hub.folders import save_folder
     from xmag_hf.hub.licences import student_licence
 
-    facts = _card_facts(options, result)
+    facts = _card_facts(result, alignment)
     licence = student_licence(facts.teacher_licence, facts.start_licence, facts.corpus_licences)
     result.student.config.licence = licence.summary
     record = {
@@ -75,21 +100,23 @@ def save_result(options: DistillOptions, result: DistillResult) -> None:
         "steps": result.steps,
         "seconds": result.seconds,
         "last_metrics": result.last_metrics,
-        "alignment": result.alignment,
+        "scored": scored,
+        "alignment": alignment,
         "versions": facts.versions,
     }
+    folder = result.options.output_dir
     extra = {RESULT_FILE: json.dumps(record, indent=2)}
-    save_folder(result.student, result.processor, render_card(facts), options.output_dir, extra)
-    remove_checkpoints(options.output_dir)
+    save_folder(result.student, result.processor, render_card(facts), folder, extra)
 
 
-def _card_facts(options: DistillOptions, result: DistillResult) -> CardFacts:
+def _card_facts(result: DistillResult, alignment: list[dict[str, Any]]) -> CardFacts:
     from xmag_hf.encoders import ENCODERS
     from xmag_hf.hub.cards import CardFacts
     from xmag_hf.modeling.convert import DEFAULT_INIT
 
-    config, index = result.student.config, result.corpus.index
-    start = options.init or DEFAULT_INIT[options.student]
+    options, config, index = result.options, result.student.config, result.corpus.index
+    recorded = recorded_options(options)
+    start = recorded["init"] or DEFAULT_INIT[options.student]
     teacher = ENCODERS.get(result.teacher.name)
     return CardFacts(
         model_type=config.model_type,
@@ -110,9 +137,9 @@ def _card_facts(options: DistillOptions, result: DistillResult) -> CardFacts:
         corpus_licences=[options.data_licence],
         n_pairs=len(result.split.train),
         n_slides=len(set(index.slide[result.split.train].tolist())),
-        options=recorded_options(options),
+        options=recorded,
         versions={"xmag_hf": __version__} | {name: version(name) for name in PACKAGES},
-        alignment=result.alignment or None,  # type: ignore[arg-type]
+        alignment=alignment or None,  # type: ignore[arg-type]
         downstream=None,
         seeds=[options.seed],
         date=datetime.date.today().isoformat(),
@@ -120,7 +147,7 @@ def _card_facts(options: DistillOptions, result: DistillResult) -> CardFacts:
     )
 
 
-def _print_result(options: DistillOptions, result: DistillResult) -> None:
+def _print_result(result: DistillResult, alignment: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -130,13 +157,13 @@ def _print_result(options: DistillOptions, result: DistillResult) -> None:
     last = result.last_metrics
     console.print(
         f"{result.steps} steps on {len(result.split.train)} pairs in {result.seconds:.0f} s; "
-        f"loss {last.get('loss', float('nan')):.4f} -> {options.output_dir}"
+        f"loss {last.get('loss', float('nan')):.4f} -> {result.options.output_dir}"
     )
-    if not result.alignment:
+    if not alignment:
         console.print("No --holdout: alignment with the teacher was not measured.")
         return
-    for part, better in beats_start(result.alignment).items():
-        rows = [row for row in result.alignment if row["part"] == part]
+    for part, better in beats_start(alignment).items():
+        rows = [row for row in alignment if row["part"] == part]
         table = Table(title=f"{part}: {rows[0]['n_pairs']} pairs, {rows[0]['n_disjoint']} disjoint")
         for heading in ("level", "encoder"):
             table.add_column(heading)
@@ -147,5 +174,5 @@ def _print_result(options: DistillOptions, result: DistillResult) -> None:
             table.add_row(row["level"], row["student"], *scores)
         console.print(table)
         verdict = "above" if better else "NOT above"
-        console.print(f"The student is {verdict} its undistilled start on every measure.")
+        console.print(f"The student is {verdict} start and constant on every measure.")
     console.print("Held-out pairs, after one ridge map per encoder fitted on training pairs.")

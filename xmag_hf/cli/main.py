@@ -65,8 +65,9 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
         print(f"{prog}: interrupted; run the same command again to resume", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
-        # These carry subject, value and remedy. Anything else is a bug and keeps its traceback.
-        if os.environ.get("XMAG_DEBUG"):
+        # Ours carry subject, value and remedy. Anything else is a bug and keeps its traceback.
+        ours = type(error).__module__.startswith("xmag_hf") or not isinstance(error, ValueError)
+        if os.environ.get("XMAG_DEBUG") or not ours:
             raise
         print(f"{prog}: {error}", file=sys.stderr)
         return 1

@@ -49,7 +49,8 @@ class AlignmentScores:
             has 0.
         retrieval: Share of predictions whose own target is the most similar among the candidates
             (centred cosine; ties with an identical candidate count).
-        chance: Retrieval by guessing, 1 / candidates.
+        chance: Retrieval by guessing: the mean share of candidates identical to the own target,
+            which is 1 / candidates where all differ.
     """
 
     cosine: float
@@ -103,18 +104,32 @@ def fit_ridge(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> RidgeMap:
 
 
 def spatial_folds(slide: np.ndarray, y: np.ndarray, n_folds: int = N_FOLDS) -> np.ndarray:
-    """Folds as bands across every slide, so that overlapping pairs mostly stay together.
+    """Folds that keep overlapping pairs together: bands across slides, or whole slides.
 
     Args:
         slide: (n,) slide number of each pair.
         y: (n,) top edge of each pair.
-        n_folds: Bands per slide.
+        n_folds: Number of folds wanted.
 
     Returns:
-        (n,) int fold of each pair.
+        (n,) int fold of each pair: n_folds bands within every slide where slides have rows enough
+        for bands (4 * n_folds on average), else slides dealt out to the lightest fold, largest
+        first.
+
+    Raises:
+        ValueError: Fewer than two pairs.
     """
+    if len(y) < 2:
+        raise ValueError(f"{len(y)} training pairs: the ridge map's folds need at least 2.")
+    numbers, slide, counts = np.unique(slide, return_inverse=True, return_counts=True)
+    if len(y) / len(numbers) < 4 * n_folds and len(numbers) >= 2:
+        weights, fold_of = np.zeros(min(n_folds, len(numbers))), np.zeros(len(numbers), np.int64)
+        for number in np.argsort(-counts, kind="stable"):
+            fold_of[number] = weights.argmin()
+            weights[fold_of[number]] += counts[number]
+        return fold_of[slide]
     folds = np.zeros(len(y), dtype=np.int64)
-    for number in np.unique(slide):
+    for number in range(len(numbers)):
         mine = np.flatnonzero(slide == number)
         ranks = np.argsort(np.argsort(y[mine], kind="stable"), kind="stable")
         folds[mine] = ranks * n_folds // len(mine)
@@ -141,9 +156,10 @@ def score_predictions(
     own = np.diagonal(similar, axis1=-2, axis2=-1)  # (g, n)
     # A prediction without direction (the constant) names no candidate: it scores chance.
     hits = (own >= similar.max(-1) - TIE) & (np.abs(p).max(-1) > 0)
-    n = target.shape[1]
-    retrieval = np.where(np.abs(p).max(-1) > 0, hits, 1.0 / n).mean()
-    return AlignmentScores(float(cosine), float(own.mean()), float(retrieval), 1.0 / n)
+    guess = (t @ t.swapaxes(-1, -2) >= 1 - TIE).mean(-1)  # (g, n)
+    guess = np.maximum(guess, 1.0 / target.shape[1])  # a target equal to the mean has no direction
+    retrieval = np.where(np.abs(p).max(-1) > 0, hits, guess).mean()
+    return AlignmentScores(float(cosine), float(own.mean()), float(retrieval), float(guess.mean()))
 
 
 @dataclass(frozen=True)

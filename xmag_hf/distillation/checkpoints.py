@@ -8,6 +8,7 @@ are those of an uninterrupted run.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -59,7 +60,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, record
     folder = checkpoint_folder(output_dir)
     final, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for stale in folder.glob("*.tmp"):  # of a save that a kill or a full disk cut short
+            shutil.rmtree(stale)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
@@ -79,7 +81,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, record
     return final
 
 
-def find_checkpoint(output_dir: str, record: dict[str, Any]) -> tuple[int, Path] | None:
+def find_checkpoint(output_dir: str, record: dict[str, Any]) -> tuple[int, Path, float] | None:
     """Find the last checkpoint of this very run.
 
     Args:
@@ -87,7 +89,7 @@ def find_checkpoint(output_dir: str, record: dict[str, Any]) -> tuple[int, Path]
         record: From `run_record`, of the run that wants to go on.
 
     Returns:
-        (step, folder), or None if there is none.
+        (step, folder, seconds of training so far), or None if there is none.
 
     Raises:
         DistillationError: It was made with other options, corpus, teacher or process count; each
@@ -107,7 +109,7 @@ def find_checkpoint(output_dir: str, record: dict[str, Any]) -> tuple[int, Path]
             f"{folder} is of another run:\n  " + "\n  ".join(differences) + "\n"
             "Use the same values to go on, another --output_dir, or --no-resume to start anew."
         )
-    return step, folder
+    return step, folder, old["seconds"]
 
 
 def remove_checkpoints(output_dir: str) -> None:
@@ -115,8 +117,27 @@ def remove_checkpoints(output_dir: str) -> None:
     shutil.rmtree(checkpoint_folder(output_dir), ignore_errors=True)
 
 
+def refuse_foreign(output_dir: str) -> None:
+    """Refuse, before any work, a folder whose model is none of ours.
+
+    Raises:
+        DistillationError: Saving would be refused at the end.
+    """
+    try:
+        kind = json.loads((Path(output_dir) / "config.json").read_text()).get("model_type")
+    except FileNotFoundError:
+        return
+    except (ValueError, AttributeError):
+        kind = None
+    if not str(kind).startswith("xmag"):
+        raise DistillationError(
+            f"{output_dir} holds another model (model_type {kind!r}), which is not replaced. "
+            "Choose another --output-dir."
+        )
+
+
 def finished_with(output_dir: str, record: dict[str, Any]) -> bool:
-    """Whether `output_dir` already holds the model that this run would make.
+    """Whether `output_dir` already holds the model that this run would make, scores and all.
 
     Raises:
         DistillationError: It holds a finished model of another run or tool.
@@ -127,20 +148,21 @@ def finished_with(output_dir: str, record: dict[str, Any]) -> bool:
     result = folder / RESULT_FILE
     if not result.exists():
         raise DistillationError(
-            f"{folder} holds a model that no distillation run made. Choose another --output_dir, "
+            f"{folder} holds a model that no distillation run made. Choose another --output-dir, "
             "or --overwrite to replace it."
         )
-    old = json.loads(result.read_text())["run"]
-    differences = differing_options(old["options"], record["options"])
-    same_inputs = all(old[n] == record[n] for n in ("corpus_fingerprint", "teacher_revision"))
-    if differences or not same_inputs:
-        differences += [] if same_inputs else ["corpus or teacher weights"]
+    old = json.loads(result.read_text())
+    differences = differing_options(old["run"]["options"], record["options"])
+    for name in ("corpus_fingerprint", "teacher_revision"):
+        if old["run"][name] != record[name]:
+            differences.append(f"{name}: {old['run'][name]} then, {record[name]} now")
+    if differences:
         raise DistillationError(
             f"{folder} holds a finished model of another run:\n  "
             + "\n  ".join(differences)
-            + "\nChoose another --output_dir, or --overwrite to replace it."
+            + "\nChoose another --output-dir, or --overwrite to replace it."
         )
-    return True
+    return bool(old["scored"])
 
 
 class Metrics:
@@ -161,9 +183,13 @@ class Metrics:
         self.path = path
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line."""
+        """Append one line; what is not finite (fp16's first gradients) becomes null."""
+        finite = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in values.items()
+        }
         with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 class StopRequest:

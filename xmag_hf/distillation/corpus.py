@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from xmag_hf.distillation.options import DistillationError
 
-INDEX_COLUMNS = ("slide_id", "x", "y", "width0")
+INDEX_COLUMNS = ("slide_id", "patient_id", "x", "y", "width0")
 REGION_PX = 896
 INDEX_THREADS = 16
 
@@ -33,6 +34,7 @@ class PairIndex:
     Attributes:
         slide_names: (n_slides,) str.
         slide: (n,) int32, index into `slide_names`.
+        patient: (n,) int32, equal where the patient is the same.
         x: (n,) int64, level-0 px, left edge.
         y: (n,) int64, level-0 px, top edge.
         width0: (n,) float64, exact width of the region in level-0 px.
@@ -40,6 +42,7 @@ class PairIndex:
 
     slide_names: np.ndarray
     slide: np.ndarray
+    patient: np.ndarray
     x: np.ndarray
     y: np.ndarray
     width0: np.ndarray
@@ -114,7 +117,8 @@ class Split:
     Attributes:
         train: (n,) int64 rows.
         held_out: Rows of each held-out part, by its name.
-        dropped: Pairs that straddle the edge of a held-out band, in neither.
+        dropped: Pairs in neither: they straddle the edge of a held-out band, or are of another
+            slide of a held-out patient.
     """
 
     train: np.ndarray
@@ -126,7 +130,8 @@ def split_pairs(index: PairIndex, parts: Sequence[str]) -> Split:
     """Keep slides, or bands of slides, out of training.
 
     A pair is held out if its whole region lies in the band, trained on if none of it does, and
-    otherwise dropped: no training region shares a pixel with a held-out one.
+    otherwise dropped: no training region shares a pixel with a held-out one. With a whole slide,
+    the other slides of its patient are dropped, too.
 
     Args:
         index: Of the corpus.
@@ -179,7 +184,7 @@ def _band(index: PairIndex, part: str) -> tuple[np.ndarray, np.ndarray]:
         raise DistillationError(f"--holdout {part}: no slide {slide_id!r}; there are {shown}.")
     mine = index.slide == names.index(slide_id)
     if not condition:
-        return mine, mine
+        return mine, np.isin(index.patient, index.patient[mine])
     match = re.fullmatch(r"([xy])([<>])(0?\.\d+)", condition)
     if not match:
         raise DistillationError(
@@ -218,18 +223,24 @@ def _find_shards(data: str, streaming: bool) -> tuple[Path | None, list[str]]:
     return folder, [str(path) for path in sorted((folder / "data").glob("*.parquet"))]
 
 
-def open_shard(shard: str) -> pq.ParquetFile:
-    """Open one shard, local or hf://, for reading."""
-    try:
-        if "://" not in shard:
-            return pq.ParquetFile(shard)
+@contextmanager
+def open_shard(shard: str) -> Iterator[pq.ParquetFile]:
+    """Open one shard, local or at any address of fsspec (hf://, s3://), for reading."""
+    source: Any = shard
+    if "://" in shard:
         import fsspec
 
-        return pq.ParquetFile(fsspec.open(shard, "rb").open())  # type: ignore[union-attr]
+        source = fsspec.open(shard, "rb").open()  # type: ignore[union-attr]
+    try:
+        file = pq.ParquetFile(source)
     except pa.ArrowInvalid as error:
         raise DistillationError(
             f"{shard}: not a readable Parquet file ({error}). Build or download it again."
         ) from error
+    try:
+        yield file
+    finally:
+        file.close(force=True)
 
 
 def _read_index_columns(shard: str) -> pa.Table:
@@ -243,16 +254,22 @@ def _read_index_columns(shard: str) -> pa.Table:
 
 
 def _index(table: pa.Table) -> PairIndex:
-    slide = table.column("slide_id").combine_chunks().dictionary_encode()
-    if isinstance(slide, pa.ChunkedArray):
-        slide = slide.combine_chunks()
+    slide_names, slide = _codes(table.column("slide_id"))
     return PairIndex(
-        slide_names=np.array(slide.dictionary.to_pylist(), dtype=object),
-        slide=slide.indices.to_numpy(zero_copy_only=False).astype(np.int32),
+        slide_names=slide_names,
+        slide=slide,
+        patient=_codes(table.column("patient_id"))[1],
         x=table.column("x").to_numpy().astype(np.int64),
         y=table.column("y").to_numpy().astype(np.int64),
         width0=table.column("width0").to_numpy().astype(np.float64),
     )
+
+
+def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Names, and (n,) int32 indices into them: millions of strings would not fit."""
+    coded = pa.concat_arrays(column.chunks).dictionary_encode()
+    names = np.array(coded.dictionary.to_pylist(), dtype=object)
+    return names, coded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
 
 
 def _read_info(folder: Path | None, data: str) -> dict[str, Any]:
@@ -298,7 +315,7 @@ def iterate_shard(
 def read_pairs(
     corpus: Corpus, rows: np.ndarray, columns: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read some pairs in row order; shards without any of them are not opened.
+    """Read some pairs in row order; only row groups that hold one are read.
 
     Args:
         corpus: To read.
@@ -308,12 +325,19 @@ def read_pairs(
     Yields:
         (row of the corpus, its columns), in ascending order of row.
     """
+    rows = np.sort(rows)
     starts = corpus.shard_starts
     for number, shard in enumerate(corpus.shards):
-        wanted = set(rows[(rows >= starts[number]) & (rows < starts[number + 1])].tolist())
-        if not wanted:
+        wanted = rows[(rows >= starts[number]) & (rows < starts[number + 1])] - starts[number]
+        if not len(wanted):
             continue
-        for offset, values in iterate_shard(shard, columns):
-            row = int(starts[number]) + offset
-            if row in wanted:
-                yield row, values
+        with open_shard(shard) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                inside = wanted[(wanted >= first) & (wanted < first + count)] - first
+                if len(inside):
+                    table = file.read_row_group(group, columns=list(columns)).take(inside)
+                    for offset, values in zip(inside, table.to_pylist(), strict=True):
+                        yield int(starts[number] + first + offset), values
+                first += count

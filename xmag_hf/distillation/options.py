@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -76,7 +77,11 @@ class DistillOptions:
     )
     teacher_batch_size: int = _option(128, "sub-patches per teacher call")
 
-    streaming: bool = _option(False, "read shards as they come instead of memory-mapping them")
+    streaming: bool = _option(
+        False,
+        "read shards as they come; else they are memory-mapped, for which `datasets` writes a copy "
+        "of the columns used to its cache (HF_DATASETS_CACHE)",
+    )
     shuffle_buffer: int = _option(2048, "streaming: pairs held to shuffle among")
     num_workers: int = _option(2, "loader processes per training process")
 
@@ -139,8 +144,11 @@ RESUMABLE_DIFFERENCES = PLACES | {
 
 
 def recorded_options(options: DistillOptions) -> dict[str, Any]:
-    """Options as JSON for checkpoints and results; places on one's own disk are left out."""
+    """Options as JSON for checkpoints, results and cards; one's own folders are not told."""
     values = json.loads(json.dumps(dataclasses.asdict(options)))
+    for name in ("teacher", "init"):  # a name, or a path; weights are compared by their digest
+        if values[name] and Path(values[name]).exists():
+            values[name] = Path(values[name]).name
     return {name: value for name, value in values.items() if name not in PLACES}
 
 
@@ -154,8 +162,11 @@ def differing_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     Returns:
         Lines such as `learning_rate: 0.001 then, 0.0005 now`; empty when the curve can go on.
     """
+    free = RESUMABLE_DIFFERENCES
+    if new["streaming"]:
+        free = free - {"num_workers"}  # loader processes share out the shards: order depends on it
     return [
         f"{name}: {old.get(name)} then, {value} now"
         for name, value in new.items()
-        if name not in RESUMABLE_DIFFERENCES and old.get(name) != value
+        if name not in free and old.get(name) != value
     ]

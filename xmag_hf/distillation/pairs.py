@@ -6,6 +6,7 @@ the moment, so an interrupted run goes on with the very same batches.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -231,15 +232,22 @@ def batches(
         num_workers=options.num_workers,
         pin_memory=pin_memory,
         generator=_own_generator(options),
+        worker_init_fn=_ignore_sigterm,
     )
 
 
 def _streamed_rows(corpus: Corpus, rows: np.ndarray, placement: Placement) -> np.ndarray:
-    """Rows of this rank: whole shards if they divide evenly, else every world-th row."""
-    if len(corpus.shards) % placement.world:
+    """Rows of this rank: whole shards, dealt out evenly; every world-th row if shards are few."""
+    if len(corpus.shards) < placement.world:
         return rows[rows % placement.world == placement.rank]
     shard = np.searchsorted(corpus.shard_starts, rows, side="right") - 1
-    return rows[shard % placement.world == placement.rank]
+    counts = np.bincount(shard, minlength=len(corpus.shards))
+    weights = np.zeros(placement.world, np.int64)
+    rank_of = np.zeros(len(counts), np.int64)
+    for number in np.argsort(-counts, kind="stable"):  # largest first, to the lightest rank
+        rank_of[number] = weights.argmin()
+        weights[rank_of[number]] += counts[number]
+    return rows[rank_of[shard] == placement.rank]
 
 
 def _streamed_batches(
@@ -277,6 +285,7 @@ def _streamed_batches(
                 batch_size=None,
                 num_workers=workers,
                 generator=_own_generator(options),
+                worker_init_fn=_ignore_sigterm,
             )
         )
         for number in range(per_epoch):
@@ -285,6 +294,11 @@ def _streamed_batches(
             # seek, but the shuffle buffer then holds just what it held.
             if start <= epoch * per_epoch + number < stop:
                 yield default_collate(batch)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A scheduler's SIGTERM reaches the whole process group; only the trainer answers it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _own_generator(options: DistillOptions) -> torch.Generator:

@@ -25,6 +25,8 @@ from xmag_hf.distillation.teacher_cache import CELLS, decode_image
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from xmag_hf.modeling import XMAGImageProcessor
+
 BATCH = 64
 
 
@@ -35,39 +37,48 @@ class PixelStatistics:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @classmethod
+    def of(cls, processor: XMAGImageProcessor) -> PixelStatistics:
+        """Those of an image processor."""
+        return cls(tuple(processor.image_mean), tuple(processor.image_std))
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """(..., 3, H, W) float in [0, 1] -> normalised."""
         mean, std = pixels.new_tensor(self.mean), pixels.new_tensor(self.std)
         return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
+def read_views(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
+    """The 5x views of some pairs: (n, 224, 224, 3) uint8, in ascending order of row."""
+    views = [
+        decode_image(values["image_5x"]["bytes"], VIEW_PX, f"pair {row}, image_5x")
+        for row, values in read_pairs(corpus, rows, ["image_5x"])
+    ]
+    return np.stack(views)
+
+
 @torch.no_grad()
-def embed_pairs(
-    student: PreTrainedModel, pixels: PixelStatistics, corpus: Corpus, rows: np.ndarray
+def embed_views(
+    student: PreTrainedModel, pixels: PixelStatistics, views: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embed the 5x views of some pairs, without augmentation.
+    """Embed 5x views, without augmentation.
 
     Args:
         student: XMAG or XMAG-lite; put into eval mode.
         pixels: Its normalisation.
-        corpus: To read.
-        rows: (n,) ascending rows.
+        views: (n, 224, 224, 3) uint8.
 
     Returns:
         (n, d) pooled and (n, 16, d) spatial features, float32.
     """
     student.eval()
-    pooled, spatial, images = [], [], []
-    for n, (row, values) in enumerate(read_pairs(corpus, rows, ["image_5x"]), start=1):
-        image = decode_image(values["image_5x"]["bytes"], VIEW_PX, f"pair {row}, image_5x")
-        images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
-        if len(images) == BATCH or n == len(rows):
-            batch = torch.stack(images).to(student.device).float() / 255
-            output = student(pixel_values=pixels.normalise(batch))
-            pooled.append(output.pooler_output.float().cpu().numpy())
-            local = student.spatial_features(output.last_hidden_state)  # type: ignore[operator]
-            spatial.append(local.float().cpu().numpy())
-            images = []
+    pooled, spatial = [], []
+    for start in range(0, len(views), BATCH):
+        batch = torch.from_numpy(views[start : start + BATCH]).permute(0, 3, 1, 2)
+        output = student(pixel_values=pixels.normalise(batch.to(student.device).float() / 255))
+        pooled.append(output.pooler_output.float().cpu().numpy())
+        local = student.spatial_features(output.last_hidden_state)  # type: ignore[operator]
+        spatial.append(local.float().cpu().numpy())
     return np.concatenate(pooled), np.concatenate(spatial)
 
 
@@ -116,12 +127,14 @@ def score_students(
             constant = np.broadcast_to(mean, target.shape)
             scores = score_predictions(constant, target, mean)
             table.append(_row(facts, "constant", level, scores))
+    train_views = read_views(corpus, train)
+    views = {name: read_views(corpus, rows) for name, rows in parts.items()}
     for student_name, student in students.items():
-        maps = _fit_maps(embed_pairs(student, pixels, corpus, train), train_targets, folds)
-        for name, rows in parts.items():
+        maps = fit_maps(embed_views(student, pixels, train_views), train_targets, folds)
+        for name in parts:
             facts = next(row for row in table if row["part"] == name)
             facts = {key: facts[key] for key in ("part", "n_pairs", "n_disjoint")}
-            pooled, spatial = embed_pairs(student, pixels, corpus, rows)
+            pooled, spatial = embed_views(student, pixels, views[name])
             predicted = {"global": maps["global"](pooled)[None], "local": maps["local"](spatial)}
             for level in ("global", "local"):
                 target = _groups(targets[name], level)
@@ -132,21 +145,32 @@ def score_students(
 
 
 def beats_start(table: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether, part by part, the distilled student is above the start on every measure."""
+    """Whether, part by part, the distilled student beats start and constant on every measure."""
     verdict = {}
     for part in dict.fromkeys(row["part"] for row in table):
         rows = {(r["student"], r["level"]): r for r in table if r["part"] == part}
         verdict[part] = all(
-            rows["distilled", level][measure] > rows["start", level][measure]
+            rows["distilled", level][measure] > rows[other, level][measure]
             for level in ("global", "local")
             for measure in ("cosine", "centred_cosine", "retrieval")
+            for other in ("start", "constant")
         )
     return verdict
 
 
-def _fit_maps(
+def fit_maps(
     features: tuple[np.ndarray, np.ndarray], targets: np.ndarray, folds: np.ndarray
 ) -> dict[str, RidgeMap]:
+    """Ridge maps to the teacher's space.
+
+    Args:
+        features: (n, d) pooled and (n, 16, d) spatial, from `embed_views`.
+        targets: (n, 16, d_T) teacher features.
+        folds: (n,) from `spatial_folds`.
+
+    Returns:
+        "global": pooled to the mean target; "local": each cell to its own.
+    """
     pooled, spatial = features
     return {
         "global": fit_ridge(pooled, targets.mean(1), folds),
@@ -172,23 +196,27 @@ def _some(rows: np.ndarray, most: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def live_features(
-    corpus: Corpus, encode: Callable[[np.ndarray], np.ndarray]
+    corpus: Corpus, encode: Callable[[np.ndarray], np.ndarray], pairs_per_call: int
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Teacher features computed on demand, where nothing is cached.
 
     Args:
         corpus: To read.
-        encode: (16, 224, 224, 3) uint8 -> (16, d_T).
+        encode: (k, 224, 224, 3) uint8 -> (k, d_T).
+        pairs_per_call: Pairs whose sub-patches are encoded together.
 
     Returns:
         A function (n,) rows -> (n, 16, d_T).
     """
 
     def features(rows: np.ndarray) -> np.ndarray:
-        found = []
-        for row, values in read_pairs(corpus, rows, ["image_20x"]):
+        found, waiting = [], []
+        for n, (row, values) in enumerate(read_pairs(corpus, rows, ["image_20x"]), start=1):
             data = values["image_20x"]["bytes"]
-            found.append(encode(sub_patches(decode_image(data, REGION_PX, f"pair {row}"))))
-        return np.stack(found)
+            waiting.append(sub_patches(decode_image(data, REGION_PX, f"pair {row}, image_20x")))
+            if len(waiting) == pairs_per_call or n == len(rows):
+                found.append(encode(np.concatenate(waiting)))
+                waiting = []
+        return np.concatenate(found).reshape(len(rows), CELLS, -1)
 
     return features

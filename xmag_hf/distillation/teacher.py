@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xmag_hf.distillation.corpus import Corpus
-from xmag_hf.distillation.options import DistillOptions
+from xmag_hf.distillation.options import DistillationError, DistillOptions
 from xmag_hf.distillation.teacher_cache import (
     TeacherFeatures,
+    TeacherIdentity,
     build_cache,
     find_cache,
     finish_cache,
     teacher_identity,
 )
-from xmag_hf.encoders import Encoder, load_encoder
+from xmag_hf.encoders import Encoder, EncoderCard, EncoderError, check_encoder, load_encoder
+
+SUB_PATCH_PX = 224
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,113 @@ class Teacher:
     encoder: Encoder | None
 
 
+@dataclass(frozen=True)
+class TeacherPlan:
+    """How a run will get its targets, known before any weights are loaded.
+
+    Attributes:
+        name: Of the teacher, as its card says.
+        revision: Of its weights.
+        precision: It runs, or ran, in.
+        cache_dir: Holds one folder per key.
+        cached: Identity of a complete cache, if one is to be used.
+    """
+
+    name: str
+    revision: str
+    precision: str
+    cache_dir: Path
+    cached: TeacherIdentity | None
+
+
+def check_teacher(options: DistillOptions) -> EncoderCard | EncoderError:
+    """Make sure that the teacher can be had, before any data is touched.
+
+    Args:
+        options: Teacher and cache.
+
+    Returns:
+        Its card; or, with --cache-teacher, what stands against it: a complete cache from another
+        machine may still serve (`plan_teacher` decides).
+
+    Raises:
+        EncoderError: Gated, missing or unknown.
+        DistillationError: It does not take 224 px sub-patches.
+    """
+    try:
+        card = check_encoder(options.teacher)
+    except EncoderError as error:
+        if not options.cache_teacher:
+            raise
+        return error
+    if card.input_px != SUB_PATCH_PX:
+        raise DistillationError(
+            f"{options.teacher} takes {card.input_px} px, but a sub-patch has {SUB_PATCH_PX} px. "
+            "Choose a teacher for 224 px."
+        )
+    return card
+
+
+def plan_teacher(
+    options: DistillOptions,
+    checked: EncoderCard | EncoderError,
+    corpus: Corpus,
+    accelerator: Accelerator,
+) -> TeacherPlan:
+    """Decide between a cache that is there and the teacher itself; the same on every process.
+
+    Args:
+        options: Precision and cache.
+        checked: From `check_teacher`.
+        corpus: To encode.
+        accelerator: The processes.
+
+    Returns:
+        The plan.
+
+    Raises:
+        EncoderError: The teacher cannot be had, and no complete cache stands in for it.
+        DistillationError: Several caches fit, or processes see different ones.
+    """
+    wanted = None if options.teacher_precision == "auto" else options.teacher_precision
+    card = checked if isinstance(checked, EncoderCard) else None
+    cache_dir = _cache_dir(options, corpus)
+    cached = None
+    if options.cache_teacher:
+        cached = find_cache(
+            cache_dir,
+            card.name if card else options.teacher,
+            corpus,
+            precision=wanted,
+            revision=card.revision if card else None,
+            share=options.share_sub_patches,
+        )
+        agree(accelerator, cached and cached.key, "teacher caches", "--cache-dir")
+    if cached is not None:
+        if isinstance(checked, EncoderError):
+            logger.warning("cached features of %s; not checked: %s", cached.encoder, checked)
+        return TeacherPlan(cached.encoder, cached.revision, cached.precision, cache_dir, cached)
+    if isinstance(checked, EncoderError):
+        raise checked
+    on_gpu = accelerator.device.type == "cuda"
+    precision = wanted or ("bf16" if on_gpu else "fp32")
+    return TeacherPlan(checked.name, str(checked.revision), precision, cache_dir, None)
+
+
 def open_teacher(
-    options: DistillOptions, corpus: Corpus, accelerator: Accelerator, quiet: bool
+    options: DistillOptions,
+    plan: TeacherPlan,
+    corpus: Corpus,
+    accelerator: Accelerator,
+    quiet: bool,
 ) -> Teacher:
     """Open the targets of a run, computing the cache first if it is asked for and not there.
 
     With a complete cache the teacher itself is not loaded.
 
     Args:
-        options: Teacher, precision, cache.
+        options: Teacher, cache.
+        plan: From `plan_teacher`.
         corpus: To encode.
         accelerator: Device, and the processes that build the cache together.
         quiet: No progress bar.
@@ -62,40 +167,36 @@ def open_teacher(
     Raises:
         DistillationError: A stale or damaged cache, or a pair that does not decode.
     """
-    on_gpu = accelerator.device.type == "cuda"
-    precision = options.teacher_precision
-    wanted = None if precision == "auto" else precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
-    cache_dir = _cache_dir(options, corpus)
-    identity = None
-    if options.cache_teacher:
-        identity = find_cache(cache_dir, options.teacher, wanted, corpus, options.share_sub_patches)
-        accelerator.wait_for_everyone()
+    identity, encoder = plan.cached, None
     if identity is None:
-        encoder = load_encoder(options.teacher, device=accelerator.device, precision=precision)
+        encoder = load_encoder(options.teacher, device=accelerator.device, precision=plan.precision)
         if not options.cache_teacher:
-            return Teacher(
-                encoder.name,
-                encoder.revision,
-                encoder.precision,
-                encoder.licence,
-                encoder.embed_dim,
-                None,
-                encoder,
-            )
+            facts = (encoder.name, encoder.revision, encoder.precision, encoder.licence)
+            return Teacher(*facts, encoder.embed_dim, None, encoder)
         identity = teacher_identity(encoder, corpus)
-        _fill_cache(options, corpus, encoder, cache_dir, accelerator, quiet)
-    features = TeacherFeatures(cache_dir / identity.key, corpus, identity)
-    return Teacher(
-        identity.encoder,
-        identity.revision,
-        identity.precision,
-        features.licence,
-        features.teacher_dim,
-        features,
-        None,
-    )
+        _fill_cache(options, corpus, encoder, plan.cache_dir, accelerator, quiet)
+    features = TeacherFeatures(plan.cache_dir / identity.key, corpus, identity)
+    facts = (identity.encoder, identity.revision, identity.precision, features.licence)
+    return Teacher(*facts, features.teacher_dim, features, None)
+
+
+def agree(accelerator: Accelerator, value: Any, what: str, option: str) -> None:
+    """Raise unless all processes found the same on disk: they would wait for each other forever.
+
+    Args:
+        accelerator: The processes.
+        value: What this one found.
+        what: Name of it.
+        option: That says where it lies.
+
+    Raises:
+        DistillationError: The disk is not shared.
+    """
+    values = gather_object([value])
+    if any(other != values[0] for other in values):
+        raise DistillationError(
+            f"processes see different {what}: {values}. Put {option} on a disk that all share."
+        )
 
 
 def _fill_cache(

@@ -7,12 +7,14 @@ for this one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CELLS = GRID * GRID
+MOST_OPEN_FILES = 64  # of thousands of shards, in every loader process
 logger = logging.getLogger(__name__)
 
 
@@ -144,15 +147,23 @@ def shared_cells(corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def find_cache(
-    cache_dir: Path, encoder: str, precision: str | None, corpus: Corpus, share: bool
+    cache_dir: Path,
+    encoder: str,
+    corpus: Corpus,
+    *,
+    precision: str | None = None,
+    revision: str | None = None,
+    share: bool = True,
 ) -> TeacherIdentity | None:
     """Find a complete cache of `encoder` on `corpus`, without loading the encoder.
 
     Args:
         cache_dir: Holds one folder per key.
         encoder: Name of the teacher.
-        precision: Wanted; None takes any.
         corpus: The features must belong to.
+        precision: Wanted; None takes any.
+        revision: Of the teacher's weights now; a cache of others is stale and not found. None
+            (the Hub cannot be asked) takes any.
         share: Whether shared sub-patches are wanted.
 
     Returns:
@@ -162,27 +173,28 @@ def find_cache(
         DistillationError: Several fit, or the only one was made with the other `share`.
     """
     found = []
-    for path in sorted(cache_dir.glob(f"*/{shard_name(0, len(corpus.shards))}")):
-        if path.parent.suffix == ".partial":
+    for folder in sorted(path for path in cache_dir.glob("*") if path.is_dir()):
+        names = [shard_name(number, len(corpus.shards)) for number in range(len(corpus.shards))]
+        if folder.suffix == ".partial" or not all((folder / name).exists() for name in names):
             continue
-        with h5py.File(path, "r") as file:
-            attributes = dict(file.attrs)
+        attributes = _attributes(folder / names[0])
         identity = TeacherIdentity(
             *(str(attributes.get(f.name)) for f in dataclasses.fields(TeacherIdentity))
         )
         same = (identity.encoder, identity.corpus_fingerprint) == (encoder, corpus.fingerprint)
-        if same and precision in (None, identity.precision):
+        same = same and precision in (None, identity.precision)
+        if same and revision in (None, identity.revision):
             found.append(identity)
             if attributes.get("sharing") != _sharing(share):
                 raise DistillationError(
-                    f"{path.parent}: sub-patches shared: {attributes.get('sharing')}, wanted "
-                    f"{_sharing(share)}. Delete that folder, or change --share_sub_patches."
+                    f"{folder}: sub-patches shared: {attributes.get('sharing')}, wanted "
+                    f"{_sharing(share)}. Delete that folder, or change --share-sub-patches."
                 )
     if len(found) > 1:
         keys = ", ".join(f"{i.key} ({i.revision}, {i.precision})" for i in found)
         raise DistillationError(
             f"{cache_dir}: several caches of {encoder} fit: {keys}. Delete all but one, or name "
-            "one with --teacher_precision."
+            "one with --teacher-precision."
         )
     return found[0] if found else None
 
@@ -221,6 +233,7 @@ def build_cache(
     """
     identity = teacher_identity(teacher, corpus)
     partial = cache_dir / f"{identity.key}.partial"
+    reopen_cache(cache_dir, identity)
     partial.mkdir(parents=True, exist_ok=True)
     starts = corpus.shard_starts
     for number in range(rank, len(corpus.shards), world):
@@ -232,6 +245,14 @@ def build_cache(
             write_features(path, features, corpus, rows, identity, attributes)
         advance(len(rows))
     return partial
+
+
+def reopen_cache(cache_dir: Path, identity: TeacherIdentity) -> None:
+    """Make a folder that lacks shards (someone deleted a bad one) unfinished again."""
+    final = cache_dir / identity.key
+    # Another process of the same build may be the one that renames it.
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(final, final.with_name(f"{identity.key}.partial"))
 
 
 def finish_cache(partial: Path) -> Path:
@@ -271,6 +292,8 @@ def write_features(
         identity: Stored as attributes and checked on opening.
         attributes: Further attributes.
     """
+    for stale in path.parent.glob(f"{path.stem}.tmp*"):  # of a killed or failed build
+        stale.unlink()
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     index = corpus.index
     with h5py.File(temporary, "w") as file:
@@ -309,7 +332,7 @@ class TeacherFeatures:
         self.paths = [
             folder / shard_name(number, len(corpus.shards)) for number in range(len(corpus.shards))
         ]
-        self._files: dict[int, h5py.Dataset] = {}
+        self._files: OrderedDict[int, h5py.File] = OrderedDict()
         dims = {_check_file(path, n, corpus, identity) for n, path in enumerate(self.paths)}
         if len(dims) != 1:
             raise DistillationError(f"{folder}: shards differ in feature width: {sorted(dims)}.")
@@ -319,9 +342,12 @@ class TeacherFeatures:
         """(16, d_T) float16 of one pair."""
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
         if number not in self._files:
-            file = h5py.File(self.paths[number], "r")
-            self._files[number] = file["features"]  # type: ignore[assignment]
-        return self._files[number][row - self.starts[number]]
+            # Rows are read once an epoch, in random order: HDF5's own cache would only fill memory.
+            self._files[number] = h5py.File(self.paths[number], "r", rdcc_nbytes=0)
+            if len(self._files) > MOST_OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(number)
+        return self._files[number]["features"][row - self.starts[number]]  # type: ignore[index]
 
     @property
     def licence(self) -> str:
@@ -334,7 +360,7 @@ class TeacherFeatures:
         return np.stack([self[int(row)] for row in rows])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}  # an open HDF5 file must not cross a fork
+        return self.__dict__ | {"_files": OrderedDict()}  # an open HDF5 file must not cross a fork
 
 
 def _sharing(share: bool) -> str:
@@ -343,15 +369,21 @@ def _sharing(share: bool) -> str:
 
 def _done_with(path: Path, share: bool) -> bool:
     """Whether a shard of an unfinished cache is there, made the same way."""
-    if not path.exists():
-        return False
-    with h5py.File(path, "r") as file:
-        return file.attrs.get("sharing") == _sharing(share)
+    return _attributes(path).get("sharing") == _sharing(share)
+
+
+def _attributes(path: Path) -> dict[str, Any]:
+    """Of a file of the cache; none if it is absent or damaged."""
+    try:
+        with h5py.File(path, "r") as file:
+            return dict(file.attrs)
+    except OSError:
+        return {}
 
 
 def _check_file(path: Path, number: int, corpus: Corpus, identity: TeacherIdentity) -> int:
     """Raise unless the file belongs to this shard and identity; return d_T."""
-    remedy = f"Delete {path.parent} and run with --cache_teacher again."
+    remedy = f"Delete {path} and run again: only that shard is computed anew."
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -7,8 +7,10 @@ averaged student on held-out pairs.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -38,9 +41,15 @@ from xmag_hf.distillation.pairs import (
     micro_batches_per_epoch,
 )
 from xmag_hf.distillation.scoring import PixelStatistics, live_features, score_students
-from xmag_hf.distillation.teacher import Teacher, open_teacher, progress_bar
-from xmag_hf.distillation.teacher_cache import encode_sub_patches
-from xmag_hf.encoders import check_encoder
+from xmag_hf.distillation.teacher import (
+    Teacher,
+    agree,
+    check_teacher,
+    open_teacher,
+    plan_teacher,
+    progress_bar,
+)
+from xmag_hf.distillation.teacher_cache import CELLS, encode_sub_patches
 from xmag_hf.modeling import XMAGImageProcessor
 from xmag_hf.modeling.convert import build_student, image_processor_for
 
@@ -55,19 +64,22 @@ class DistillResult:
     """What a finished run hands over.
 
     Attributes:
+        options: Of the run.
         student: The averaged encoder.
-        processor: Its image processor.
+        start: The student before training.
+        processor: Image processor of both.
         teacher: That it was distilled from.
         corpus: That it was distilled on.
         split: Which pairs were trained on.
         steps: Optimiser steps.
-        seconds: Of training in this process, checkpoints included.
+        seconds: Of training, checkpoints included, interruptions not.
         last_metrics: Last line of metrics.jsonl.
-        alignment: Rows of `score_students`; empty without held-out parts.
         run: Options, fingerprint and versions, for the record.
     """
 
+    options: DistillOptions
     student: PreTrainedModel
+    start: PreTrainedModel
     processor: XMAGImageProcessor
     teacher: Teacher
     corpus: Corpus
@@ -75,7 +87,6 @@ class DistillResult:
     steps: int
     seconds: float
     last_metrics: dict[str, Any]
-    alignment: list[dict[str, Any]]
     run: dict[str, Any]
 
 
@@ -140,9 +151,10 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
             once a checkpoint is written.
     """
     accelerator = _accelerator(options)
-    set_seed(options.seed)
+    checkpoints.refuse_foreign(options.output_dir)
     # A student or a gated teacher that cannot be had must fail before hours of data work.
-    check_encoder(options.teacher)
+    checked = check_teacher(options)
+    set_seed(options.seed)
     student = build_student(options.student, options.init, drop_path_rate=options.drop_path_rate)
     corpus = open_corpus(options.data, streaming=options.streaming)
     split = split_pairs(corpus.index, options.holdout)
@@ -151,45 +163,97 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
         1, int(options.epochs * per_epoch) // options.gradient_accumulation_steps
     )
     warmup_steps = _warmup_steps(options, total_steps)
-    teacher = open_teacher(options, corpus, accelerator, quiet)
+    plan = plan_teacher(options, checked, corpus, accelerator)
     record = checkpoints.run_record(
-        options, corpus.fingerprint, teacher.revision, accelerator.num_processes
+        options, corpus.fingerprint, plan.revision, accelerator.num_processes
     )
-    if not options.overwrite and checkpoints.finished_with(options.output_dir, record):
+    finished = not options.overwrite and checkpoints.finished_with(options.output_dir, record)
+    agree(accelerator, finished, "finished models", "--output-dir")
+    if finished:
         return None
+    teacher = open_teacher(options, plan, corpus, accelerator, quiet)
     start = copy.deepcopy(student)
     run = _prepare(
         options, accelerator, corpus, split, teacher, student, total_steps, warmup_steps, record
     )
     run.quiet = quiet
-    seconds, last = _train(run)
-    alignment = _score(run, start) if split.held_out and accelerator.is_main_process else []
-    accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    try:
+        seconds, last = _train(run)
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
     student = _finished_student(run)
+    processor = image_processor_for(student)
     return DistillResult(
+        options,
         student,
-        image_processor_for(student),
+        start,
+        processor,
         teacher,
         corpus,
         split,
         total_steps,
         seconds,
         last,
-        alignment,
         record,
     )
 
 
+def score_result(result: DistillResult) -> list[dict[str, Any]]:
+    """Alignment of start, student and constant on the held-out parts; for one process.
+
+    Args:
+        result: Of `distill`.
+
+    Returns:
+        Rows of `scoring.score_students`; none without held-out parts.
+
+    Raises:
+        DistillationError: A held-out pair that does not decode.
+        ValueError: Too few training pairs for the ridge map.
+    """
+    if not result.split.held_out:
+        return []
+    options, teacher = result.options, result.teacher
+    encoder = teacher.encoder
+    device = encoder.device if encoder is not None else best_device()
+    teacher_features: Callable[[np.ndarray], np.ndarray]
+    if teacher.features is not None:
+        teacher_features = teacher.features.rows
+    elif encoder is not None:
+        teacher_features = live_features(
+            result.corpus,
+            lambda patches: encode_sub_patches(encoder, patches, options.teacher_batch_size),
+            pairs_per_call=max(1, options.teacher_batch_size // CELLS),
+        )
+    else:
+        raise RuntimeError("neither cached features nor a live teacher")
+    students = {"start": result.start, "distilled": result.student}
+    for student in students.values():
+        student.to(device)  # type: ignore[arg-type]
+    rows = score_students(
+        students,
+        PixelStatistics.of(result.processor),
+        result.corpus,
+        result.split,
+        teacher_features,
+        max_pairs=options.alignment_pairs,
+        seed=options.seed,
+    )
+    result.student.cpu()
+    return rows
+
+
 def _accelerator(options: DistillOptions) -> Accelerator:
-    precision = options.mixed_precision
+    precision: str | None = options.mixed_precision
     if precision == "auto":
         on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         precision = "bf16" if on_gpu else "no"
-    return Accelerator(
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:
+            precision = None  # `accelerate launch --mixed_precision ...` or its config has said
+    accelerator = Accelerator(
         # Said outright, because torchrun without a GPU otherwise makes N strangers, not a group.
-        cpu=not torch.accelerator.is_available(),
+        cpu=best_device().type == "cpu",
         mixed_precision=precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=list(options.report_to) or None,
@@ -198,6 +262,18 @@ def _accelerator(options: DistillOptions) -> Accelerator:
         # default of ten minutes a large corpus would end the run there.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
+    if accelerator.gradient_accumulation_steps != options.gradient_accumulation_steps:
+        raise DistillationError(
+            f"accelerate's own settings say {accelerator.gradient_accumulation_steps} gradient "
+            f"accumulation steps, the options {options.gradient_accumulation_steps}. Say it once, "
+            "with --gradient-accumulation-steps."
+        )
+    return accelerator
+
+
+def best_device() -> torch.device:
+    """The accelerator that torch finds, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _warmup_steps(options: DistillOptions, total_steps: int) -> int:
@@ -231,6 +307,7 @@ def _prepare(
     ema = ExponentialMovingAverage(student, options.ema_decay)
     if options.gradient_checkpointing:
         student.gradient_checkpointing_enable()
+    set_seed(options.seed)  # the heads are the same whether a teacher was loaded before or not
     loss = DistillationLoss(
         student.config.hidden_size,
         teacher.embed_dim,
@@ -239,7 +316,8 @@ def _prepare(
     )
     distiller: nn.Module = Distiller(student, loss)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        distiller = nn.SyncBatchNorm.convert_sync_batchnorm(distiller)
+        # timm's, because torch's own would drop the activations inside timm's BatchNorms.
+        distiller = convert_sync_batchnorm(distiller)  # type: ignore[assignment]
     optimizer = AdamW(
         _parameter_groups(distiller, options.weight_decay),
         lr=options.learning_rate,
@@ -249,8 +327,7 @@ def _prepare(
     distiller, prepared = accelerator.prepare(distiller, optimizer)
     accelerator.register_for_checkpointing(ema, scheduler)
     set_seed(options.seed, device_specific=True)  # stochastic depth differs between ranks
-    processor = image_processor_for(student)
-    pixels = PixelStatistics(tuple(processor.image_mean), tuple(processor.image_std))
+    pixels = PixelStatistics.of(image_processor_for(student))
     return _Run(
         options,
         accelerator,
@@ -280,7 +357,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 def _train(run: _Run) -> tuple[float, dict[str, Any]]:
     """Run the loop from the last checkpoint to the end; return seconds and the last metrics."""
     options, accelerator = run.options, run.accelerator
-    done = _resume(run)
+    done, earlier_seconds = _resume(run)
     accumulation = options.gradient_accumulation_steps
     if options.report_to:
         accelerator.init_trackers("xmag_distill", config=_flat(run.record["options"]))
@@ -299,21 +376,22 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
         pin_memory=accelerator.device.type == "cuda",
     )
     run.distiller.train()
-    window = _Window()
-    last: dict[str, Any] = {"step": done}
-    began = time.perf_counter()
+    window, last = _Window(), _last_line(options, done)
+    began = time.perf_counter() - earlier_seconds
     with checkpoints.stop_on_sigterm() as stop, progress_bar(accelerator, run.quiet) as bar:
         task = bar.add_task("distillation", total=run.total_steps, completed=done, note="")
         for step in range(done + 1, run.total_steps + 1):
-            parts, grad_norm = _step(run, loader, window)
-            window.add(parts)
+            window.add(*_step(run, loader, window))
             if step % options.log_steps == 0 or step == run.total_steps:
-                last = _log(run, metrics, step, window, grad_norm)
+                last = _log(run, metrics, step, window)
                 window = _Window()
             bar.update(task, completed=step, note=f"loss {last.get('loss', float('nan')):.4f}")
             stopping = _any_rank(accelerator, stop.asked)
             if stopping or step % options.checkpoint_steps == 0 or step == run.total_steps:
-                checkpoints.save_checkpoint(accelerator, options.output_dir, step, run.record)
+                state = run.record | {"seconds": time.perf_counter() - began}
+                pause = time.perf_counter()
+                checkpoints.save_checkpoint(accelerator, options.output_dir, step, state)
+                window.began += time.perf_counter() - pause  # no part of the rate
             if stopping and step < run.total_steps:
                 raise DistillationError(
                     f"stopped by SIGTERM after step {step} of {run.total_steps}; a checkpoint is "
@@ -330,21 +408,28 @@ class _Window:
         self.waited = 0.0
         self.steps = 0
         self.sums: dict[str, Tensor] = {}
+        self.grad_norm = self.learning_rate = float("nan")
 
-    def add(self, parts: dict[str, Tensor]) -> None:
+    def add(self, parts: dict[str, Tensor], grad_norm: float, learning_rate: float) -> None:
         self.steps += 1
+        self.grad_norm, self.learning_rate = grad_norm, learning_rate  # of the last step
         for name, value in parts.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
 
 
-def _step(run: _Run, loader: Iterator[Batch], window: _Window) -> tuple[dict[str, Tensor], float]:
-    """One optimiser step: forward, backward, clip, step, schedule, average."""
+def _step(
+    run: _Run, loader: Iterator[Batch], window: _Window
+) -> tuple[dict[str, Tensor], float, float]:
+    """One optimiser step: forward, backward, clip, step, schedule, average.
+
+    Returns the losses, the gradient's norm before clipping and the learning rate of the step.
+    """
     accelerator, options = run.accelerator, run.options
     sums: dict[str, Tensor] = {}
     grad_norm = float("nan")
     for _ in range(options.gradient_accumulation_steps):
         waiting = time.perf_counter()
-        batch = next(loader)
+        batch = _next(loader)
         window.waited += time.perf_counter() - waiting
         batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
         with accelerator.accumulate(run.distiller):
@@ -364,8 +449,18 @@ def _step(run: _Run, loader: Iterator[Batch], window: _Window) -> tuple[dict[str
             sums[name] = sums[name] + part if name in sums else part
     if not accelerator.optimizer_step_was_skipped:  # fp16's scaler skips steps that overflowed
         run.ema.update(_unwrapped_student(run))
+    learning_rate = run.scheduler.get_last_lr()[0]
     run.scheduler.step()
-    return sums, grad_norm
+    return sums, grad_norm, float(learning_rate)
+
+
+def _next(loader: Iterator[Batch]) -> Batch:
+    """The next batch; an error of a loader process as its own message, without its traceback."""
+    try:
+        return next(loader)
+    except DistillationError as error:
+        text = str(error).strip().splitlines()[-1].split("DistillationError: ")[-1]
+        raise DistillationError(text) from error
 
 
 def _inputs(run: _Run, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -406,7 +501,6 @@ def _log(
     metrics: checkpoints.Metrics | None,
     step: int,
     window: _Window,
-    grad_norm: float,
 ) -> dict[str, Any]:
     """Average over ranks and window, write one line, tell the trackers."""
     accelerator = run.accelerator
@@ -414,15 +508,17 @@ def _log(
     names = list(window.sums)
     values = torch.stack([window.sums[name] / window.steps for name in names])
     values = accelerator.reduce(values, reduction="mean")
+    waits = torch.tensor([window.waited / seconds], device=accelerator.device)
     options = run.options
     pairs = options.batch_size * options.gradient_accumulation_steps * accelerator.num_processes
     line = {
         "step": step,
         **dict(zip(names, values.tolist(), strict=True)),  # type: ignore[union-attr]
-        "learning_rate": run.scheduler.get_last_lr()[0],
-        "grad_norm": grad_norm,
+        "learning_rate": window.learning_rate,
+        "grad_norm": window.grad_norm,
         "pairs_per_second": pairs * window.steps / seconds,
-        "data_wait_share": window.waited / seconds,
+        # The slowest loader: the other processes wait for it in the backward pass.
+        "data_wait_share": accelerator.gather(waits).max().item(),  # type: ignore[union-attr]
     }
     if metrics is not None:
         metrics.write(line)
@@ -431,47 +527,29 @@ def _log(
     return line
 
 
-def _resume(run: _Run) -> int:
-    """Load the last checkpoint; return its step, 0 without one."""
-    options = run.options
+def _resume(run: _Run) -> tuple[int, float]:
+    """Load the last checkpoint; return its step and seconds so far, 0 and 0 without one."""
+    options, accelerator = run.options, run.accelerator
     if not options.resume:
-        if run.accelerator.is_main_process:
+        if accelerator.is_main_process:
             checkpoints.remove_checkpoints(options.output_dir)
-        run.accelerator.wait_for_everyone()
-        return 0
+        accelerator.wait_for_everyone()
+        return 0, 0.0
     found = checkpoints.find_checkpoint(options.output_dir, run.record)
+    agree(accelerator, found and found[0], "checkpoints", "--output-dir")
     if found is None:
-        return 0
-    step, folder = found
-    run.accelerator.load_state(str(folder))
+        return 0, 0.0
+    step, folder, seconds = found
+    accelerator.load_state(str(folder))
     logger.info("resumed from %s", folder)
-    return step
+    return step, seconds
 
 
-def _score(run: _Run, start: PreTrainedModel) -> list[dict[str, Any]]:
-    """Alignment of the undistilled start and of the averaged student; main process only."""
-    device = run.accelerator.device
-    teacher_features: Callable[[np.ndarray], np.ndarray]
-    if run.teacher.features is not None:
-        teacher_features = run.teacher.features.rows
-    else:
-        encoder = run.teacher.encoder
-        if encoder is None:
-            raise RuntimeError("neither cached features nor a live teacher")
-        teacher_features = live_features(
-            run.corpus,
-            lambda patches: encode_sub_patches(encoder, patches, run.options.teacher_batch_size),
-        )
-    students = {"start": start.to(device), "distilled": run.ema.model}  # type: ignore[dict-item]
-    return score_students(
-        students,  # type: ignore[arg-type]
-        run.pixels,
-        run.corpus,
-        run.split,
-        teacher_features,
-        max_pairs=run.options.alignment_pairs,
-        seed=run.options.seed,
-    )
+def _last_line(options: DistillOptions, step: int) -> dict[str, Any]:
+    """The last line of metrics.jsonl, for a run that resumes after its last step."""
+    path = Path(options.output_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if step and path.exists() else []
+    return json.loads(lines[-1]) if lines else {"step": step}
 
 
 def _unwrapped_student(run: _Run) -> nn.Module:
