@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
+import datasets
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -45,6 +46,7 @@ def main() -> int:
     for heading in ("what", "rate", "waiting for data"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "datasets"  # the mapped copy goes, too
         corpus = str(Path(folder) / "corpus")
         began = time.perf_counter()
         summary = build_corpus(
@@ -70,7 +72,7 @@ def main() -> int:
 
 
 def train(args: argparse.Namespace, corpus: str, folder: str, cached: bool) -> tuple[float, float]:
-    """Median data-wait share and pairs/s over the steps after the first quarter."""
+    """Data-wait share and pairs/s of the step with the median rate, after the first quarter."""
     out = str(Path(folder) / f"out-{cached}")
     options = DistillOptions(
         data=corpus,

@@ -25,23 +25,30 @@ from transformers import AutoImageProcessor, AutoModel
 
 import xmag_hf  # noqa: F401  (registers XMAG with the Auto classes)
 from xmag_hf.cli.main import main as xmag
-from xmag_hf.distillation.alignment import fit_ridge, spatial_folds
-from xmag_hf.distillation.corpus import Corpus, PairIndex, open_corpus, split_pairs
-from xmag_hf.distillation.scoring import PixelStatistics, embed_pairs
+from xmag_hf.distillation.alignment import spatial_folds
+from xmag_hf.distillation.corpus import (
+    Corpus,
+    PairIndex,
+    count_disjoint,
+    open_corpus,
+    split_pairs,
+)
+from xmag_hf.distillation.scoring import PixelStatistics, embed_views, fit_maps, read_views
 from xmag_hf.distillation.teacher_cache import TeacherFeatures, find_cache
 from xmag_hf.modeling.convert import build_student
 from xmag_hf.slides import open_slide
 
-HERE = Path(__file__).parent
+EMBEDDED = Path(__file__).parent / "data" / "CMU-1-Small-Region.svs"
 BAND = "y>0.6"  # the lower 40% of the slide is kept for the test
 TEACHER = "efficientnet-lite0"
+THUMBNAIL_MPP = 4.0
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by colour-blind eyes
 
 
 def main() -> int:
     """Run the whole path and say what was made."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slide", default=str(HERE / "data" / "CMU-1-Small-Region.svs"))
+    parser.add_argument("--slide", default=str(EMBEDDED), help="a slide OpenSlide reads")
     parser.add_argument("--out", default="xmag", help="folder of the distilled encoder")
     parser.add_argument("--work", default="xmag_demo", help="folder of the corpus and the picture")
     parser.add_argument("--epochs", default="40")
@@ -57,27 +64,36 @@ def main() -> int:
         "--batch-size": "8",
         "--learning-rate": "1e-3",
         "--holdout": f"{slide_id}:{BAND}",
-        "--data-licence": "CC0-1.0",
-        "--data-source": "OpenSlide's test data, CMU-1-Small-Region",
         "--output-dir": args.out,
     }
+    if Path(args.slide) == EMBEDDED:
+        options["--data-licence"] = "CC0-1.0"
+        options["--data-source"] = "OpenSlide's test data, CMU-1-Small-Region"
     run("distill", "--cache-teacher", *(text for pair in options.items() for text in pair))
+
+    corpus = open_corpus(corpus_dir)
+    split = split_pairs(corpus.index, [f"{slide_id}:{BAND}"])
+    held = split.held_out[f"{slide_id}:{BAND}"]
+    print(
+        f"{count_disjoint(corpus.index, held)} disjoint held-out regions: a smoke test, which "
+        "shows that everything runs, and no evidence about the method."
+    )
 
     # What anybody does with the result: load it, embed a 5x patch.
     model = AutoModel.from_pretrained(args.out)
     processor = AutoImageProcessor.from_pretrained(args.out)
+    corner = float(corpus.index.x[held[0]]), float(corpus.index.y[held[0]])
     with open_slide(args.slide) as slide:
-        patch = slide.read_region((600.0, 2000.0), 224, mpp=model.config.mpp)
-        thumbnail = slide.read_region(
-            (0.0, 0.0), tuple(n // 8 for n in slide.size_level0), 8 * slide.mpp0
-        )
+        patch = slide.read_region(corner, 224, mpp=model.config.mpp)
+        thumbnail, thumbnail_mpp = slide.thumbnail(mpp=THUMBNAIL_MPP)
+        scale = thumbnail_mpp / slide.mpp0  # level-0 px per thumbnail px
     with torch.no_grad():
         output = model(**processor(patch, return_tensors="pt"))
     print(f"\nAutoModel.from_pretrained({args.out!r}) -> {type(model).__name__}")
     print(f"a 5x patch {patch.shape} -> embedding {tuple(output.pooler_output.shape)}")
 
     picture = Path(args.work) / "similarity.png"
-    draw(picture, thumbnail, corpus_dir, f"{slide_id}:{BAND}", model, processor)
+    draw(picture, thumbnail, scale, corpus, split.train, held, model, processor)
     print(
         f"\nMade in {time.perf_counter() - began:.0f} s: {args.out}/ (encoder, image processor, "
         f"card), {corpus_dir}/ (pairs and teacher features), {picture}.\n"
@@ -95,19 +111,20 @@ def run(verb: str, *arguments: str) -> None:
         sys.exit(1)
 
 
-def draw(picture: Path, thumbnail, corpus_dir: str, part: str, model, processor) -> None:
+def draw(
+    picture: Path, thumbnail, scale: float, corpus: Corpus, train, held, model, processor
+) -> None:
     """Regions on the slide; similarity of every held-out cell before and after."""
-    corpus = open_corpus(corpus_dir)
-    split = split_pairs(corpus.index, [part])
-    held = split.held_out[part]
-    maps = {}
-    for title, student in {"before": build_student("lite"), "after": model}.items():
-        similarity = cell_similarity(corpus, split.train, held, student, processor)
-        maps[title] = on_slide(corpus.index, held, similarity)
+    students = {"before": build_student("lite"), "after": model}
+    maps = {
+        title: on_slide(
+            corpus.index, held, cell_similarity(corpus, train, held, student, processor)
+        )
+        for title, student in students.items()
+    }
     figure, axes = plt.subplots(1, 3, figsize=(15, 6.6), layout="constrained")
-    scale = 8.0  # level-0 px per thumbnail px
     axes[0].imshow(thumbnail)
-    for rows, colour, name in ((split.train, BLUE, "trained on"), (held, ORANGE, "held out")):
+    for rows, colour, name in ((train, BLUE, "trained on"), (held, ORANGE, "held out")):
         for i, row in enumerate(rows):
             corner = corpus.index.x[row] / scale, corpus.index.y[row] / scale
             side = corpus.index.width0[row] / scale
@@ -139,22 +156,18 @@ def draw(picture: Path, thumbnail, corpus_dir: str, part: str, model, processor)
 
 def cell_similarity(corpus: Corpus, train, held, student, processor) -> np.ndarray:
     """(n, 16) centred cosine of ridge-mapped student cells with the teacher's, held out."""
-    identity = find_cache(Path(corpus.location) / "teacher", TEACHER, None, corpus, True)
+    cache = Path(corpus.location) / "teacher"
+    identity = find_cache(cache, TEACHER, corpus)
     if identity is None:
         raise SystemExit("the teacher cache is gone; run again")
-    teacher = TeacherFeatures(Path(corpus.location) / "teacher" / identity.key, corpus, identity)
-    pixels = PixelStatistics(tuple(processor.image_mean), tuple(processor.image_std))
-    _, spatial = embed_pairs(student, pixels, corpus, train)
-    targets = teacher.rows(train).astype(np.float64)
+    teacher = TeacherFeatures(cache / identity.key, corpus, identity)
+    pixels = PixelStatistics.of(processor)
     folds = spatial_folds(corpus.index.slide[train], corpus.index.y[train])
-    ridge = fit_ridge(
-        spatial.reshape(-1, spatial.shape[-1]),
-        targets.reshape(-1, targets.shape[-1]),
-        np.repeat(folds, 16),
-    )
-    _, spatial = embed_pairs(student, pixels, corpus, held)
-    predicted = ridge(spatial) - ridge.y_mean
-    wanted = teacher.rows(held).astype(np.float64) - ridge.y_mean
+    targets = teacher.rows(train).astype(np.float64)
+    maps = fit_maps(embed_views(student, pixels, read_views(corpus, train)), targets, folds)
+    _, spatial = embed_views(student, pixels, read_views(corpus, held))
+    mean = targets.mean((0, 1))
+    predicted, wanted = maps["local"](spatial) - mean, teacher.rows(held) - mean
     norms = np.linalg.norm(predicted, axis=-1) * np.linalg.norm(wanted, axis=-1)
     return (predicted * wanted).sum(-1) / norms
 
