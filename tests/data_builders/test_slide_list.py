@@ -69,3 +69,9 @@ def test_csv_mistakes_name_the_line(folder, text, said):
     with pytest.raises(CorpusError, match=said) as caught:
         read_slides_csv(csv, folder)
     assert "slides.csv" in str(caught.value)
+
+
+def test_a_csv_for_other_slides_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "slides.csv").write_text("slide_id,cancer_type\nother,LUAD\n")
+    with pytest.raises(CorpusError, match="no line is for any of the 1 slides"):
+        with_csv_metadata([tmp_path / "mine.svs"], tmp_path / "slides.csv")

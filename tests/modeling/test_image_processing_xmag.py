@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +190,14 @@ def test_works_without_torchvision(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == pytest.approx(((128 / 255 - MEAN) / STD).mean(), abs=1e-5)
+
+
+def test_scale_as_numpy_number_and_image_as_path(tmp_path: Path) -> None:
+    """The corpus's own column `mpp0` gives float32; people pass paths."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "patch.png"
+    Image.fromarray(rng.integers(0, 255, (896, 896, 3), np.uint8)).save(path)
+    processor = XMAGImageProcessor()
+    plain = processor(Image.open(path), mpp=0.5, return_tensors="np").pixel_values
+    other = processor(path, mpp=np.float32(0.5), return_tensors="np").pixel_values
+    assert np.array_equal(plain, other)

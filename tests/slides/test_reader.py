@@ -243,7 +243,8 @@ def test_damage_costs_only_the_regions_that_touch_it(tmp_path, cmu_slide):
                     good += (pixels == intact.read_region((x, y), 200, 0.499)).all()
         assert bad > 0
         assert good > 50  # the same handle goes on after each error
-        picture, _ = slide.thumbnail(8.0, skip_unreadable=True)
+        picture, gaps, _ = slide.thumbnail_with_gaps(8.0)
+        assert gaps.any() and not gaps.all() and (picture[gaps] == 255).all()
         with pytest.raises(SlideReadError):
             slide.thumbnail(8.0)
     assert (picture == 255).all(axis=2).mean() < 0.9

@@ -113,7 +113,8 @@ def test_fractions_against_counting_fine_cells():
     """Each mask pixel cut into 40 x 40 cells, which are counted."""
     rng = np.random.default_rng(4)
     mask = rng.random((12, 15)) > 0.5
-    found = TissueMask(mask, pixel_level0=16.0, mpp=8.0, threshold=0.1)
+    gaps = np.zeros_like(mask)
+    found = TissueMask(mask, pixel_level0=16.0, mpp=8.0, threshold=0.1, gaps=gaps)
     fine = np.pad(np.kron(mask, np.ones((40, 40), bool)), 400)
     corners = np.array([(0, 0), (16, 32), (10, 7), (100, 90), (-20, 3), (200, 150)])
     width = 56.0
@@ -121,3 +122,12 @@ def test_fractions_against_counting_fine_cells():
         x, y = (int(v * 40 / 16) + 400 for v in xy)
         side = int(width * 40 / 16)
         assert actual == pytest.approx(fine[y : y + side, x : x + side].mean(), abs=0.02)
+
+
+def test_gaps_count_as_possible_tissue_only_if_asked() -> None:
+    mask, gaps = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    mask[:2, :2], gaps[2:, 2:] = True, True
+    found = TissueMask(mask, pixel_level0=1.0, mpp=8.0, threshold=0.1, gaps=gaps)
+    corner = np.array([(0, 0)])
+    assert found.fractions(corner, 4.0).tolist() == [0.25]
+    assert found.fractions(corner, 4.0, with_gaps=True).tolist() == [0.5]

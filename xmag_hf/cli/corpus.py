@@ -153,4 +153,6 @@ def _print_summary(summary: CorpusSummary) -> None:
         console.print(f"{record.status}: {text}", markup=False, soft_wrap=True)
     if summary.already_done:
         console.print("Already done; nothing was built.")
+        if summary.problems:
+            console.print(f"To try the slides above again, remove {summary.path} first.")
     console.print(f"fingerprint {summary.fingerprint[:16]}; load_dataset({str(summary.path)!r})")

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from xmag_hf.distillation.trainer import distill
 
     options = read_options(DistillOptions, args)
+    _refuse_start(options)
     result = distill(options, quiet=args.quiet)
     state = PartialState()
     failed = False
@@ -62,6 +63,24 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     state.wait_for_everyone()  # the others leave once the folder is there
     state.destroy_process_group()
     return int(failed)
+
+
+def _refuse_start(options: DistillOptions) -> None:
+    """Refuse a start whose licence forbids changed versions before training, not after it."""
+    from xmag_hf.hub.licences import student_licence
+
+    student_licence(None, _start_licence(options), [])
+
+
+def _start_licence(options: DistillOptions) -> str | None:
+    """Licence of the starting weights; None where nobody said."""
+    from xmag_hf.modeling.convert import DEFAULT_INIT
+
+    start = options.init or DEFAULT_INIT[options.student]
+    config = Path(start) / "config.json"
+    if start in START_LICENCES or not config.is_file():
+        return START_LICENCES.get(start)
+    return json.loads(config.read_text()).get("licence")
 
 
 def _save_and_score(result: DistillResult) -> bool:
@@ -130,7 +149,7 @@ def _card_facts(result: DistillResult, alignment: list[dict[str, Any]]) -> CardF
         teacher_licence=result.teacher.licence,
         teacher_source=teacher.source if teacher else "its own page",
         start=start,
-        start_licence=START_LICENCES.get(start),
+        start_licence=_start_licence(options),
         corpus=Path(options.data).name if Path(options.data).exists() else options.data,
         corpus_fingerprint=result.corpus.fingerprint,
         corpus_source=options.data_source,

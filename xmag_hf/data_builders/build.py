@@ -132,7 +132,7 @@ def build_corpus(
     )
     out_dir = Path(out_dir)
     if out_dir.exists():
-        return _finished_corpus(out_dir, options, fingerprint)
+        return _finished_corpus(out_dir, options, fingerprint, rows)
     partial = out_dir.with_name(out_dir.name + ".partial")
     parts = _prepare_partial(partial, options)
     tasks = [
@@ -142,13 +142,18 @@ def build_corpus(
     records = _run(tasks, workers, progress)
     _finish(partial, options, fingerprint, records)
     partial.replace(out_dir)
+    for name in ("options.json", "shards.json"):  # after the rename: a kill here loses nothing
+        (out_dir / name).unlink()
+    shutil.rmtree(out_dir / "parts")
     return CorpusSummary(out_dir, fingerprint, tuple(records))
 
 
 # --- resume -----------------------------------------------------------------------------------
 
 
-def _finished_corpus(out_dir: Path, options: CorpusOptions, fingerprint: str) -> CorpusSummary:
+def _finished_corpus(
+    out_dir: Path, options: CorpusOptions, fingerprint: str, rows: Sequence[SlideRow]
+) -> CorpusSummary:
     """The summary of a complete corpus, if it is the one asked for."""
     described = out_dir / "corpus.json"
     if not described.is_file():
@@ -157,12 +162,27 @@ def _finished_corpus(out_dir: Path, options: CorpusOptions, fingerprint: str) ->
     if found.get("fingerprint") == fingerprint:
         lines = (out_dir / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         records = tuple(_record_from(json.loads(line)) for line in lines)
+        _refuse_other_metadata(out_dir, records, rows)
         return CorpusSummary(out_dir, fingerprint, records, already_done=True)
     differing = _differences(found.get("options", {}), asdict(options)) or "other slides"
     raise CorpusError(
         f"{out_dir} is complete, but not this corpus: {differing}. Choose another --out, or "
         "remove it."
     )
+
+
+def _refuse_other_metadata(
+    out_dir: Path, records: Sequence[SlideRecord], rows: Sequence[SlideRow]
+) -> None:
+    """A corrected patient or cancer type must not be taken for done: splits go by it."""
+    for record, row in zip(records, rows, strict=True):
+        for name in ("patient_id", "cancer_type", "source"):
+            there, asked = getattr(record, name), getattr(row, name)
+            if there != asked:
+                raise CorpusError(
+                    f"{out_dir} is complete, but {row.slide_id} has {name} {there!r} there, "
+                    f"{asked!r} asked for. Choose another --out, or remove it."
+                )
 
 
 def _prepare_partial(partial: Path, options: CorpusOptions) -> Path:
@@ -291,7 +311,7 @@ def _run(tasks: list[_Task], workers: int, progress: Progress | None) -> list[Sl
         logger.info("%d of %d slides were finished earlier", len(records), len(tasks))
     todo = [task for task in tasks if task.index not in records]
     watch = _Watch(tasks, records, progress)
-    if workers == 1 or len(todo) < 2:
+    if workers == 1 or not todo:
         for task in todo:
             records[task.index] = write_slide(
                 task.row,
@@ -359,7 +379,7 @@ def _crashed(task: _Task) -> SlideRecord:
     record = SlideRecord.of(task.row, task.head)
     record.reason = (
         f"{task.row.slide_id}: the process that read it died (a crash in the decoder, or out of "
-        "memory). Check the file, or run again with fewer --workers."
+        "memory). Check the file; remove the corpus and build it again with fewer --workers."
     )
     return record
 
@@ -415,10 +435,6 @@ def _finish(
     corpus = _corpus_json(options, fingerprint, lines, plan, parts)
     write_atomically(partial / "corpus.json", json.dumps(corpus, indent=1) + "\n")
     write_card(partial, corpus, records)
-    # From here on the work is in its final shape.
-    shutil.rmtree(partial / "parts")
-    (partial / "options.json").unlink()
-    (partial / "shards.json").unlink()
 
 
 def _corpus_json(

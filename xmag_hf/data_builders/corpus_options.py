@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from xmag_hf.slides.tissue import METHOD as TISSUE_METHOD
+
 FORMAT_VERSION = 1
 REGION_PX = 896  # side of a region at TEACHER_MPP: four 224 px patches
 STUDENT_PX = 224  # side of the same region at 5x
 TEACHER_MPP = 0.5  # um/px of the 20x view
 REDUCTION = REGION_PX // STUDENT_PX
+STUDENT_MPP = TEACHER_MPP * REDUCTION
 REGION_UM = REGION_PX * TEACHER_MPP
 CODECS = ("jpeg95", "png")
 
@@ -84,12 +87,13 @@ def corpus_fingerprint(
         slides: (slide_id, um/px given by the CSV, slide_sha256_head) in the corpus's order.
 
     Returns:
-        sha256, hex, over options, format version and slides. Neither paths nor the number of
-        processes enter.
+        sha256, hex, over options, format version, tissue rule and slides. Neither paths nor the
+        number of processes enter.
     """
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "options": dataclasses.asdict(options),
+        "tissue_method": TISSUE_METHOD,
         "slides": [list(slide) for slide in slides],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -110,3 +110,11 @@ class PairedMagnification(datasets.GeneratorBasedBuilder):
                         yield (number, index), pair
             except SlideError as error:
                 logger.warning("left out: %s", error)
+            else:
+                if record.unreadable or not record.pairs:
+                    logger.warning(
+                        "%s: %d pairs, %d regions could not be decoded",
+                        row.slide_id,
+                        record.pairs,
+                        record.unreadable,
+                    )

@@ -24,11 +24,13 @@ from xmag_hf.slides import (
     grid_origins,
     open_slide,
     resample,
+    tissue_mask,
 )
 
 from .corpus_options import (
     REGION_PX,
     REGION_UM,
+    STUDENT_MPP,
     STUDENT_PX,
     TEACHER_MPP,
     CorpusOptions,
@@ -99,7 +101,7 @@ class SlideRecord:
 
 def open_row(row: SlideRow, options: CorpusOptions) -> Slide:
     """Open a slide of a list; its CSV's mpp goes before the option's, that before the file's."""
-    return open_slide(row.path, row.mpp or options.mpp, slide_id=row.slide_id)
+    return open_slide(row.path, options.mpp if row.mpp is None else row.mpp, slide_id=row.slide_id)
 
 
 def slide_pairs(
@@ -131,7 +133,9 @@ def slide_pairs(
     width0 = REGION_UM / slide.mpp0
     tissue = find_tissue(slide)
     fractions = tissue.fractions(origins, width0)
-    kept = np.flatnonzero((fractions >= options.tissue) & (fractions > 0))
+    # Where the overview had gaps there may be tissue: those regions are tried, and counted.
+    possible = tissue.fractions(origins, width0, with_gaps=True)
+    kept = np.flatnonzero((possible >= options.tissue) & (possible > 0))
     record.regions, record.tissue_threshold = len(origins), tissue.threshold
     record.tissue_method = tissue.method
     for done, index in enumerate(kept, start=1):
@@ -144,10 +148,16 @@ def slide_pairs(
             record.unreadable += 1
             record.first_unreadable = record.first_unreadable or str(error)
         else:
+            small = reduce_region(pixels)
+            fraction = float(fractions[index])
+            if possible[index] > fractions[index]:  # the overview did not see all of it
+                fraction = float(tissue_mask(small, STUDENT_MPP)[0].mean())
+            if not fraction >= options.tissue or fraction == 0:
+                continue
             record.pairs += 1
             yield {
                 "image_20x": encode(pixels, options.codec),
-                "image_5x": encode(reduce_region(pixels), "png"),
+                "image_5x": encode(small, "png"),
                 "slide_id": row.slide_id,
                 "patient_id": row.patient_id,
                 "cancer_type": row.cancer_type,
@@ -156,11 +166,12 @@ def slide_pairs(
                 "width0": width0,
                 "mpp0": slide.mpp0,
                 "level": level,
-                "tissue_fraction": float(fractions[index]),
+                "tissue_fraction": fraction,
                 "source": row.source,
             }
-        if report is not None:
-            report(done, len(kept))
+        finally:
+            if report is not None:
+                report(done, len(kept))
     if record.unreadable and not record.pairs:
         raise SlideReadError(
             f"{row.slide_id}: none of {record.unreadable} regions could be decoded; first: "

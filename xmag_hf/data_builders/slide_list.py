@@ -131,7 +131,7 @@ def with_csv_metadata(paths: Sequence[Path], csv_path: str | os.PathLike[str]) -
         One row a path; a file without a line gets the defaults.
 
     Raises:
-        CorpusError: As `read_slides_csv`, or two lines for one stem.
+        CorpusError: As `read_slides_csv`, two lines for one stem, or no line for any file.
     """
     csv_path = Path(csv_path)
     lines: dict[str, tuple[int, dict[str, str]]] = {}
@@ -144,6 +144,11 @@ def with_csv_metadata(paths: Sequence[Path], csv_path: str | os.PathLike[str]) -
         if stem in lines:
             raise CorpusError(f"{where}: {stem} again, first on line {lines[stem][0]}. Drop one.")
         lines[stem] = (number, line)
+    if not any(file.stem in lines for file in paths):
+        raise CorpusError(
+            f"{csv_path}: no line is for any of the {len(paths)} slides ({paths[0].stem}, ...). "
+            "Its `slide_id` (or the stem of `slide`) must be the stem of the file."
+        )
     rows = []
     for file in paths:
         number, line = lines.get(file.stem, (0, {}))

@@ -56,7 +56,11 @@ class DistillOptions:
     )
     drop_path_rate: float = _option(0.0, "stochastic depth of the student")
     gradient_checkpointing: bool = _option(False, "trade compute for memory in the student")
-    dihedral: bool = _option(True, "flips and quarter turns, the same for both magnifications")
+    dihedral: bool = _option(
+        True,
+        "flips and quarter turns, the same for both magnifications; with a cached teacher the "
+        "sixteen cells are permuted instead of encoded anew, which is an approximation",
+    )
     color_jitter: bool = _option(
         True,
         "0.95 to 1.05, hue 0.05, one draw for both magnifications; a cached teacher sees none",

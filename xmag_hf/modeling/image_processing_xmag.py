@@ -7,6 +7,7 @@ transformers and nothing of ours.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,7 +117,8 @@ class XMAGImageProcessor(BaseImageProcessor):
         pictures = [to_rgb(image) for image in flatten_images(images)]
         if not pictures:
             raise ValueError("XMAGImageProcessor: no image was given.")
-        scales = [mpp] * len(pictures) if isinstance(mpp, int | float | None) else list(mpp)
+        single = mpp is None or np.ndim(mpp) == 0
+        scales: list[Any] = [mpp] * len(pictures) if single else list(mpp)  # type: ignore[arg-type]
         if len(scales) != len(pictures):
             raise ValueError(
                 f"XMAGImageProcessor: {len(scales)} values of mpp for {len(pictures)} images. "
@@ -213,10 +215,10 @@ def to_rgb(image: Any) -> Image.Image:
     Raises:
         ValueError: Not an image, not uint8, or more than 8 bits a channel.
     """
-    if isinstance(image, str):
+    if isinstance(image, str | os.PathLike):
         from transformers.image_utils import load_image  # pipelines pass paths and URLs
 
-        image = load_image(image)
+        image = load_image(os.fspath(image))
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().numpy()
         if image.ndim == 3 and image.shape[0] in (1, 3, 4):

@@ -123,8 +123,8 @@ class XMAGLiteModel(XMAGLitePreTrainedModel):
             last_hidden_state: (B, 49, 1280) as `forward` returns it.
 
         Returns:
-            (B, 16, 1280), by adaptive average pooling of 7 x 7 to 4 x 4: a cell takes two by two
-            tokens, and neighbouring cells share a row or column.
+            (B, 16, 1280), by adaptive average pooling of 7 x 7 to 4 x 4: a cell takes two or three
+            tokens a side, and neighbouring cells share a row or column.
 
         Raises:
             ValueError: Tokens of a non-square image.

@@ -171,12 +171,11 @@ class Slide:
         box = (across.box[0], down.box[0], across.box[1], down.box[1])
         return resample(pixels, (width, height), box)
 
-    def thumbnail(self, mpp: float, *, skip_unreadable: bool = False) -> tuple[np.ndarray, float]:
+    def thumbnail(self, mpp: float) -> tuple[np.ndarray, float]:
         """The whole slide at about `mpp`, read in blocks, so that memory stays small.
 
         Args:
             mpp: Wanted um/px; a slide coarser than that is given at its own scale.
-            skip_unreadable: Leave what cannot be decoded white, instead of an error.
 
         Returns:
             (H, W, 3) uint8 RGB with H, W = ceil(size_level0 * mpp0 / mpp), and the um/px used.
@@ -184,12 +183,30 @@ class Slide:
         Raises:
             SlideReadError: A block could not be decoded.
         """
+        picture, _, used = self._thumbnail(mpp, skip_unreadable=False)
+        return picture, used
+
+    def thumbnail_with_gaps(self, mpp: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """Like `thumbnail`, but what cannot be decoded is white instead of an error.
+
+        Args:
+            mpp: See `thumbnail`.
+
+        Returns:
+            (H, W, 3) uint8 RGB, (H, W) bool where nothing could be decoded, and the um/px used.
+        """
+        return self._thumbnail(mpp, skip_unreadable=True)
+
+    def _thumbnail(
+        self, mpp: float, *, skip_unreadable: bool
+    ) -> tuple[np.ndarray, np.ndarray, float]:
         mpp = max(mpp, self.mpp0)
         step = mpp / self.mpp0
         width, height = (math.ceil(n / step) for n in self.size_level0)
         reduction = mpp / self.level_mpps[self.level_for(mpp)]
         side = max(16, int(THUMBNAIL_BLOCK_PX / reduction))
         out = np.full((height, width, 3), 255, np.uint8)
+        gaps = np.zeros((height, width), dtype=bool)
         blocks = [
             (left, top, min(left + side, width), min(top + side, height))
             for top in range(0, height, side)
@@ -207,9 +224,11 @@ class Slide:
                 # One bad tile must not hide its readable neighbours.
                 if min(right - left, bottom - top) > THUMBNAIL_LEAST_BLOCK_PX:
                     blocks += _quarters(left, top, right, bottom)
+                else:
+                    gaps[top:bottom, left:right] = True
                 continue
             out[top:bottom, left:right] = pixels
-        return out, mpp
+        return out, gaps, mpp
 
     def _canvas(self, level: int, across: _AxisRead, down: _AxisRead) -> np.ndarray:
         """What the kernel may see: the slide's pixels, white where the region leaves the slide."""

@@ -40,6 +40,7 @@ class TissueMask:
         pixel_level0: Width of a mask pixel in level-0 px.
         mpp: um per mask pixel.
         threshold: The saturation (0 to 1) used.
+        gaps: (H, W) bool, where the slide could not be decoded; no tissue in `mask`.
         method: Name of the rule.
     """
 
@@ -47,9 +48,12 @@ class TissueMask:
     pixel_level0: float
     mpp: float
     threshold: float
+    gaps: np.ndarray
     method: str = METHOD
 
-    def fractions(self, xy_level0: np.ndarray, width_level0: float) -> np.ndarray:
+    def fractions(
+        self, xy_level0: np.ndarray, width_level0: float, *, with_gaps: bool = False
+    ) -> np.ndarray:
         """Share of each square region that is tissue.
 
         By an integral image, interpolated, so that regions need not fall on mask pixels; what
@@ -58,13 +62,15 @@ class TissueMask:
         Args:
             xy_level0: (N, 2) top-left corners (x, y), level-0 px.
             width_level0: Side of the regions, level-0 px.
+            with_gaps: Count what could not be decoded as tissue, which it may be.
 
         Returns:
             (N,) float64 in 0 to 1.
         """
+        mask = self.mask | self.gaps if with_gaps else self.mask
         xy = np.asarray(xy_level0, dtype=np.float64).reshape(-1, 2) / self.pixel_level0
         side = width_level0 / self.pixel_level0
-        integral = np.pad(self.mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        integral = np.pad(mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         left, top = xy.T
 
         def up_to(y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -84,11 +90,11 @@ def find_tissue(slide: Slide, mpp: float = MASK_MPP) -> TissueMask:
         mpp: um per mask pixel.
 
     Returns:
-        The mask over the whole slide. Where the slide cannot be decoded there is no tissue.
+        The mask over the whole slide, and where it could not be decoded.
     """
-    picture, used = slide.thumbnail(mpp, skip_unreadable=True)
+    picture, gaps, used = slide.thumbnail_with_gaps(mpp)
     mask, threshold = tissue_mask(picture, used)
-    return TissueMask(mask, used / slide.mpp0, used, threshold)
+    return TissueMask(mask & ~gaps, used / slide.mpp0, used, threshold, gaps)
 
 
 def tissue_mask(rgb: np.ndarray, mpp: float) -> tuple[np.ndarray, float]:
