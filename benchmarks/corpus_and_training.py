@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from xmag_hf.data_builders import CorpusOptions, find_slides
+from xmag_hf.data_builders import CorpusOptions, SlideRow
 from xmag_hf.data_builders.build import build_corpus
 from xmag_hf.distillation.options import DistillOptions
 from xmag_hf.distillation.trainer import distill
@@ -50,7 +50,7 @@ def main() -> int:
         corpus = str(Path(folder) / "corpus")
         began = time.perf_counter()
         summary = build_corpus(
-            find_slides([args.slide]), corpus, CorpusOptions(stride=args.stride), workers=1
+            [SlideRow(Path(args.slide))], corpus, CorpusOptions(stride=args.stride), workers=1
         )
         rate = summary.pairs / (time.perf_counter() - began)
         table.add_row(f"corpus, {summary.pairs} pairs, one process", f"{rate:.1f} pairs/s", "")
