@@ -115,31 +115,28 @@ def score_students(
     train_targets = teacher_features(train).astype(np.float32)
     targets = {name: teacher_features(rows).astype(np.float32) for name, rows in parts.items()}
     mean = train_targets.mean((0, 1))  # of cells, and so of their means: one constant for both
+    facts = {
+        name: {"part": name, "n_pairs": len(rows), "n_disjoint": count_disjoint(index, rows)}
+        for name, rows in parts.items()
+    }
     table = []
-    for name, rows in parts.items():
-        facts = {
-            "part": name,
-            "n_pairs": len(rows),
-            "n_disjoint": count_disjoint(index, rows),
-        }
+    for name in parts:
         for level in ("global", "local"):
             target = _groups(targets[name], level)
             constant = np.broadcast_to(mean, target.shape)
             scores = score_predictions(constant, target, mean)
-            table.append(_row(facts, "constant", level, scores))
+            table.append(_row(facts[name], "constant", level, scores))
     train_views = read_views(corpus, train)
     views = {name: read_views(corpus, rows) for name, rows in parts.items()}
     for student_name, student in students.items():
         maps = fit_maps(embed_views(student, pixels, train_views), train_targets, folds)
         for name in parts:
-            facts = next(row for row in table if row["part"] == name)
-            facts = {key: facts[key] for key in ("part", "n_pairs", "n_disjoint")}
             pooled, spatial = embed_views(student, pixels, views[name])
             predicted = {"global": maps["global"](pooled)[None], "local": maps["local"](spatial)}
             for level in ("global", "local"):
                 target = _groups(targets[name], level)
                 scores = score_predictions(predicted[level], target, mean)
-                table.append(_row(facts, student_name, level, scores))
+                table.append(_row(facts[name], student_name, level, scores))
     order = {name: i for i, name in enumerate(parts)}
     return sorted(table, key=lambda row: (order[row["part"]], row["level"]))
 
