@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from datasets import load_dataset
 from lanczos_reference import expected_region
 from PIL import Image
 from tiled_tiff import write_tiff
@@ -133,6 +134,17 @@ def test_load_dataset_without_the_package_among_other_files(tmp_path, small_slid
     assert done.returncode == 0, done.stderr
     columns = "image_20x image_5x slide_id patient_id cancer_type x y width0 mpp0 level"
     assert done.stdout.split() == ["2", *columns.split(), "tissue_fraction", "source"]
+
+
+def test_load_dataset_tells_corpora_in_folders_of_one_name_apart(tmp_path, small_slides):
+    """`datasets` names its cache by the folder's last name and the card's configuration."""
+    found = []
+    for number, path in enumerate(small_slides):
+        out = tmp_path / str(number) / "corpus"
+        build_corpus([SlideRow(path)], out, OPTIONS)
+        loaded = load_dataset(str(out), cache_dir=str(tmp_path / "cache"), split="train")
+        found.append(set(loaded["slide_id"]))
+    assert found == [{path.stem} for path in small_slides]
 
 
 def test_shards_are_small_and_named_in_order(tmp_path, cmu_slide):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.options import add_options, cores, read_options
 from xmag_hf.data_builders import CorpusError, CorpusOptions, SlideRow, find_slides, read_slides_csv
 from xmag_hf.data_builders.build import BuildState, CorpusSummary, build_corpus
 from xmag_hf.data_builders.build import Progress as Callback
@@ -41,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        default=_cores(),
+        default=cores(),
         help="processes (default: the cores of this machine)",
     )
     tcga = parser.add_argument_group("TCGA", f"{TCGA_CORPUS.note}")
@@ -72,13 +71,6 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         summary = build_corpus(slides, args.out, options, workers=args.workers, progress=progress)
     _print_summary(summary)
     return 1 if summary.problems else 0
-
-
-def _cores() -> int:
-    """Cores this process may use: fewer than the machine has under a scheduler."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _slides(args: argparse.Namespace) -> list[SlideRow]:

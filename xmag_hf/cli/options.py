@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 Options = TypeVar("Options")
 
@@ -35,7 +46,8 @@ def add_options(parser: argparse.ArgumentParser, options: type, skip: tuple[str,
         keywords: dict[str, Any] = {
             "dest": field.name,
             "required": required,
-            "default": None if required else _mutable(default),
+            # A list given replaces the default; argparse's `extend` would add to it.
+            "default": None if required or isinstance(default, tuple) else default,
             "help": f"{field.metadata.get('help', '')} ({shown})".replace("%", "%%"),
         }
         keywords |= _type_keywords(hints[field.name], field)
@@ -54,22 +66,47 @@ def hyphenated(argv: Sequence[str]) -> list[str]:
 def read_options(options: type[Options], args: argparse.Namespace, **given: Any) -> Options:
     """Build the dataclass `options` from parsed arguments; `given` fills skipped fields."""
     names = {field.name for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    parsed = {name: value for name, value in vars(args).items() if name in names}
+    # None is what was not given: the dataclass has the default.
+    parsed = {n: value for n, value in vars(args).items() if n in names and value is not None}
     for name, value in parsed.items():
         if isinstance(value, list):
             parsed[name] = tuple(value)
     return options(**(parsed | given))
 
 
+@contextmanager
+def counting_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars, one for each name that is counted.
+
+    Args:
+        quiet: Show none.
+
+    Yields:
+        Called with (name, steps done since the last call, steps in all).
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, TimeRemainingColumn(), disable=quiet) as bars:
+
+        def advance(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.advance(tasks[name], done)
+
+        yield advance
+
+
+def cores() -> int:
+    """Cores this process may use: fewer than the machine has under a scheduler."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _default(field: dataclasses.Field) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
-
-
-def _mutable(default: Any) -> Any:
-    """A tuple as the list that argparse's `extend` appends to."""
-    return list(default) if isinstance(default, tuple) else default
 
 
 def _shown(default: Any) -> str:

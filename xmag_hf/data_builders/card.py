@@ -74,9 +74,12 @@ def _card_text(
     options = "\n".join(f"| {key} | {value} |" for key, value in corpus["options"].items())
     unreadable = sum(record.unreadable for record in records)
     # The pin: without it `load_dataset` was seen to take the manifest for the data, in silence.
+    # The description: `datasets` 5.2 names its cache by folder name and this block alone, so that
+    # another corpus in a folder of that name was seen to come back as the first one.
     return f"""---
 configs:
 - config_name: default
+  description: paired 20x and 5x images, fingerprint {corpus["fingerprint"]}
   data_files:
   - split: train
     path: data/*.parquet
