@@ -29,7 +29,7 @@ from rich.table import Table
 
 from xmag_hf.data_builders.pairs import encode
 from xmag_hf.distillation.augmentation import dihedral_view, sub_patches
-from xmag_hf.distillation.teacher_cache import encode_sub_patches
+from xmag_hf.distillation.teacher_encoding import encode_sub_patches
 from xmag_hf.encoders import load_encoder
 from xmag_hf.slides import find_tissue, grid_origins, open_slide
 

@@ -26,15 +26,33 @@ class MeanColour(nn.Module):
         self.scale = nn.Parameter(torch.tensor(255.0), requires_grad=False)
         self.seen = 0
 
+    @property
+    def device(self) -> torch.device:
+        return self.scale.device
+
     def forward(self, images: Tensor) -> Tensor:
         self.seen += len(images)
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         return images.mean((-1, -2)) * self.scale / 255
 
 
+class UpperLeft(MeanColour):
+    """Mean R, G, B of the upper part of the left edge: each of the eight views differs."""
+
+    name = "upper-left"
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images[..., :112, :56])
+
+
 @pytest.fixture
 def teacher() -> MeanColour:
     return MeanColour()
+
+
+@pytest.fixture
+def turning_teacher() -> UpperLeft:
+    return UpperLeft()
 
 
 @pytest.fixture

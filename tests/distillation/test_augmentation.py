@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from xmag_hf.distillation.augmentation import (
     cell_permutation,
     color_jitter,
     dihedral_view,
     draw_jitter,
+    draw_stain,
+    enlarged_cells,
     sample_generator,
+    stain_jitter,
     sub_patches,
 )
 
@@ -58,6 +63,18 @@ def test_sub_patches_are_row_major_crops(cmu_pixels: np.ndarray) -> None:
         sub_patches(region[:894, :894])
 
 
+def test_enlarged_cells_see_their_neighbours(cmu_pixels: np.ndarray) -> None:
+    """Pillow's `box` enlarges one cell with what lies around it; a crop would not see that."""
+    view = Image.fromarray(cmu_pixels[:224, :224])
+    for k, cell in enumerate(enlarged_cells(np.asarray(view))):
+        left, top = 56 * (k % 4), 56 * (k // 4)
+        box = (left, top, left + 56, top + 56)
+        expected = view.resize((224, 224), Image.Resampling.LANCZOS, box=box)
+        assert np.array_equal(cell, np.asarray(expected))
+        cropped = view.crop(box).resize((224, 224), Image.Resampling.LANCZOS)
+        assert not np.array_equal(cell, np.asarray(cropped))
+
+
 def test_brightness_contrast_saturation_are_torchvisions(cmu_pixels: np.ndarray) -> None:
     functional = pytest.importorskip("torchvision.transforms.functional")
     pixels = torch.from_numpy(cmu_pixels[500:724, 300:524].copy()).permute(2, 0, 1)[None] / 255.0
@@ -79,14 +96,43 @@ def test_hue_is_a_rotation_in_yiq() -> None:
     assert got.numpy() == pytest.approx(expected, abs=6e-3)  # colorsys rounds its matrix
 
 
-def test_both_magnifications_get_one_draw(cmu_pixels: np.ndarray) -> None:
+def test_stain_jitter_changes_known_amounts_of_stain() -> None:
+    """Light through 0.4 of haematoxylin, 0.3 of eosin, 0.1 of the third (Beer and Lambert)."""
+    stains = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    stains /= np.sqrt((stains**2).sum(1, keepdims=True))
+    amounts, scales, shifts = np.array([[0.4, 0.3, 0.1], [1.1, 0.8, 1.05], [0.05, -0.02, 0.1]])
+    pixel = torch.tensor(np.exp(-amounts @ stains)).reshape(1, 3, 1, 1)
+    got = stain_jitter(pixel, torch.tensor([[*scales, *shifts]])).flatten().numpy()
+    assert got == pytest.approx(np.exp(-(amounts * scales + shifts) @ stains), rel=1e-6)
+    unchanged = stain_jitter(pixel, torch.tensor([[1.0, 1, 1, 0, 0, 0]]))
+    assert unchanged.flatten().numpy() == pytest.approx(pixel.flatten().numpy(), rel=1e-6)
+    white = stain_jitter(torch.ones(1, 3, 1, 1), torch.tensor([[1.0, 1, 1, -0.1, -0.1, -0.1]]))
+    assert torch.equal(white, torch.ones(1, 3, 1, 1))  # no lighter than light
+    assert (
+        stain_jitter(torch.zeros(1, 3, 1, 1), torch.tensor([[1.0] * 3 + [0.1] * 3]))
+        .isfinite()
+        .all()
+    )
+
+
+@pytest.mark.parametrize("kind", ["colour", "stain"])
+def test_both_magnifications_get_one_draw(cmu_pixels: np.ndarray, kind: str) -> None:
     """Jittered sub-patches, put together, are the jittered region."""
-    region = torch.from_numpy(cmu_pixels[500:1396, 300:1196].copy()).permute(2, 0, 1)[None] / 255.0
+    if kind == "stain":
+        factors = torch.from_numpy(draw_stain(sample_generator(0, 0, 7), 0.2))[None]
+        assert (factors[0, :3] - 1).abs().max() <= 0.2 and factors[0, 3:].abs().max() <= 0.2
+        _assert_one_picture(cmu_pixels, lambda images: stain_jitter(images, factors))
+        return
     jitter = torch.from_numpy(draw_jitter(sample_generator(0, 0, 7)))[None]
     assert jitter[0, :3].min() >= 0.95 and jitter[0, :3].max() <= 1.05 and abs(jitter[0, 3]) <= 0.05
+    _assert_one_picture(cmu_pixels, lambda images: color_jitter(images, jitter))
+
+
+def _assert_one_picture(cmu_pixels: np.ndarray, change: Callable[[Tensor], Tensor]) -> None:
+    region = torch.from_numpy(cmu_pixels[500:1396, 300:1196].copy()).permute(2, 0, 1)[None] / 255.0
     cells = torch.from_numpy(sub_patches(region[0].permute(1, 2, 0).numpy()).copy())
-    cells = color_jitter(cells.permute(0, 3, 1, 2)[None], jitter)[0]
-    whole = color_jitter(region, jitter)[0].permute(1, 2, 0).numpy()
+    cells = change(cells.permute(0, 3, 1, 2)[None])[0]
+    whole = change(region)[0].permute(1, 2, 0).numpy()
     expected = sub_patches(whole)
     assert np.abs(cells.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-5
 

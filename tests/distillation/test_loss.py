@@ -5,7 +5,13 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from xmag_hf.distillation.loss import DistillationLoss, mean_pairwise_cosine, negative_cosine
+from xmag_hf.distillation.loss import (
+    DistillationLoss,
+    mean_pairwise_cosine,
+    negative_cosine,
+    relational_loss,
+)
+from xmag_hf.distillation.targets import TargetMap
 
 
 def test_negative_cosine_is_sklearns() -> None:
@@ -51,6 +57,37 @@ def test_loss_is_one_global_plus_half_local_by_hand() -> None:
     assert got["loss_global"].item() == pytest.approx(expected_global, rel=1e-5)
     assert got["loss_local"].item() == pytest.approx(expected_local, rel=1e-5)
     assert got["loss"].item() == pytest.approx(expected_global + 0.5 * expected_local, rel=1e-5)
+
+
+def test_relational_loss_by_brute_force() -> None:
+    rng = np.random.default_rng(2)
+    p, t = rng.normal(size=(5, 3)), rng.normal(size=(5, 7)) + 1
+    cosines = [(cosine_similarity(p)[i, j], cosine_similarity(t)[i, j]) for i in range(5)
+               for j in range(5) if i != j]  # fmt: skip
+    expected = np.mean([(a - b) ** 2 for a, b in cosines])
+    assert relational_loss(torch.tensor(p), torch.tensor(t)).item() == pytest.approx(expected, 1e-5)
+    rotation = np.linalg.qr(rng.normal(size=(7, 7)))[0]  # keeps every angle, and scale is no angle
+    turned = torch.tensor(3 * t @ rotation)
+    assert relational_loss(turned, torch.tensor(t)).item() == pytest.approx(0, abs=1e-10)
+
+
+def test_relational_weight_and_mapped_targets_enter_the_loss() -> None:
+    torch.manual_seed(0)
+    mean, basis = torch.randn(4), torch.randn(4, 4)
+    plain = DistillationLoss(6, 4).eval()
+    loss = DistillationLoss(6, 4, relational_weight=2.0, target_map=TargetMap(mean, basis)).eval()
+    loss.load_state_dict(plain.state_dict(), strict=False)
+    pooled, spatial, teacher = torch.randn(3, 6), torch.randn(3, 16, 6), torch.randn(3, 16, 4)
+    got = loss(pooled, spatial, teacher)
+    mapped = torch.tensor((teacher.numpy() - mean.numpy()) @ basis.numpy())
+    expected = plain(pooled, spatial, mapped)
+    relational = relational_loss(plain.global_head(pooled), mapped.mean(1)).item()
+    assert got["loss_global"].item() == pytest.approx(expected["loss_global"].item(), abs=1e-5)
+    assert got["loss_local"].item() == pytest.approx(expected["loss_local"].item(), abs=1e-5)
+    assert got["loss_relational"].item() == pytest.approx(relational, abs=1e-5)
+    total = expected["loss"].item() + 2 * relational
+    assert got["loss"].item() == pytest.approx(total, abs=1e-5)
+    assert "loss_relational" not in expected
 
 
 def test_local_batchnorm_sees_all_cells_at_once() -> None:

@@ -87,16 +87,21 @@ def test_streamed_ranks_with_held_out_rows_stop_together(corpus, options, world:
     assert len(set(flat)) == len(flat) and set(flat) <= set(rows.tolist())
 
 
-def test_cached_targets_are_those_of_the_view(corpus, options, teacher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seen", ["20x", "5x"])
+def test_cached_targets_are_those_of_the_view(
+    corpus, options, teacher, tmp_path: Path, seen: str
+) -> None:
     """Mean colour does not care how a cell is turned, so live and cached targets must agree."""
-    finish_cache(build_cache(corpus, teacher, tmp_path))
-    identity = teacher_identity(teacher, corpus)
+    finish_cache(build_cache(corpus, teacher, tmp_path, teacher_view=seen, share=False))
+    identity = teacher_identity(teacher, corpus, seen)
     features = TeacherFeatures(tmp_path / identity.key, corpus, identity)
-    cached = dataclasses.replace(LIVE, features=features)
+    fresh = dataclasses.replace(LIVE, teacher_view=seen)
+    assert fresh.columns == (["image_5x", "image_20x"] if seen == "20x" else ["image_5x"])
+    cached = dataclasses.replace(fresh, features=features)
     assert cached.columns == ["image_5x"]  # the 20x JPEG is not even read
     args = (corpus, np.arange(24), options(), Placement())
     pairs = zip(
-        batches(args[0], args[1], LIVE, *args[2:], start=0, stop=6),
+        batches(args[0], args[1], fresh, *args[2:], start=0, stop=6),
         batches(args[0], args[1], cached, *args[2:], start=0, stop=6),
         strict=True,
     )
@@ -104,6 +109,56 @@ def test_cached_targets_are_those_of_the_view(corpus, options, teacher, tmp_path
         assert torch.equal(live["image_5x"], kept["image_5x"])
         targets = teacher(live["sub_patches"].flatten(0, 1)).unflatten(0, (-1, 16))
         assert (targets - kept["features"].float()).abs().max() < 1e-3
+
+
+def _cache(corpus, teacher, folder: Path, views: int, seen: str = "20x") -> TeacherFeatures:
+    made = build_cache(corpus, teacher, folder, views=views, teacher_view=seen, share=False)
+    finish_cache(made)
+    identity = teacher_identity(teacher, corpus, seen, views)
+    return TeacherFeatures(folder / identity.key, corpus, identity)
+
+
+@pytest.mark.parametrize("seen", ["20x", "5x"])
+def test_with_all_views_cached_nothing_is_approximated(
+    corpus, options, turning_teacher, tmp_path: Path, seen: str
+) -> None:
+    """A teacher that sees how it is turned: live and cached targets agree, permuted ones do not."""
+    live = dataclasses.replace(LIVE, teacher_view=seen)
+    args = (options(), Placement())
+    fresh = list(batches(corpus, np.arange(24), live, *args, start=0, stop=6))
+    targets = [
+        turning_teacher(b["sub_patches"].flatten(0, 1)).unflatten(0, (-1, 16)) for b in fresh
+    ]
+    worst = {}
+    for views in (1, 8):
+        features = _cache(corpus, turning_teacher, tmp_path, views, seen)
+        reader = dataclasses.replace(live, features=features)
+        kept = list(batches(corpus, np.arange(24), reader, *args, start=0, stop=6))
+        for a, b in zip(fresh, kept, strict=True):
+            assert torch.equal(a["image_5x"], b["image_5x"])
+        pairs = zip(targets, kept, strict=True)
+        worst[views] = max((t - b["features"]).abs().max().item() for t, b in pairs)
+    assert worst[8] < 1e-3 < 0.05 < worst[1]
+
+
+def test_only_cached_views_are_drawn(corpus, options, turning_teacher, tmp_path: Path) -> None:
+    features = _cache(corpus, turning_teacher, tmp_path, 2)
+    reader = dataclasses.replace(LIVE, features=features)
+    original = dataclasses.replace(LIVE, dihedral=False, color_jitter=False)
+    args = (options(), Placement())
+    as_it_lies = {}
+    for batch in batches(corpus, np.arange(24), original, *args, start=0, stop=6):
+        as_it_lies |= dict(zip(batch["row"].tolist(), batch["image_5x"], strict=True))
+    drawn = []
+    for batch in batches(corpus, np.arange(24), reader, *args, start=0, stop=18):
+        for row, image, target in zip(
+            batch["row"].tolist(), batch["image_5x"], batch["features"], strict=True
+        ):
+            flipped = torch.equal(image, as_it_lies[row].flip(-1))
+            assert flipped or torch.equal(image, as_it_lies[row])
+            assert np.array_equal(target.numpy(), features.view(row, int(flipped)))
+            drawn.append(flipped)
+    assert 18 < sum(drawn) < 54  # of 72; outside that once in ten thousand seeds
 
 
 def test_views_of_both_magnifications_show_the_same_tissue(corpus, options) -> None:
@@ -130,6 +185,19 @@ def test_a_pair_that_does_not_decode_is_named(corpus, options, tmp_path: Path) -
     broken = open_corpus(str(tmp_path / "c"))
     with pytest.raises(DistillationError, match="pair 4, image_5x: does not decode"):
         list(batches(broken, np.arange(12), LIVE, options(), Placement(), start=0, stop=3))
+
+
+def test_new_draws_leave_the_others_as_they_were(corpus, options) -> None:
+    more = dataclasses.replace(LIVE, stain_jitter=0.1, token_mask_ratio=0.3)
+    args = (options(), Placement())
+    plain, extended = (
+        next(iter(batches(corpus, np.arange(24), reader, *args, start=0, stop=1)))
+        for reader in (LIVE, more)
+    )
+    assert set(extended) - set(plain) == {"stain", "mask"}
+    assert all(torch.equal(plain[name], extended[name]) for name in plain)
+    assert extended["mask"].sum(1).tolist() == [77] * 4  # 0.3 * 256 = 76.8
+    assert not torch.equal(extended["mask"][0], extended["mask"][1])
 
 
 def test_fewer_pairs_than_a_batch(corpus, options) -> None:

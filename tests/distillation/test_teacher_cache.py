@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import pickle
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from xmag_hf.distillation.corpus import Corpus, open_corpus
 from xmag_hf.distillation.options import DistillationError
@@ -15,9 +19,9 @@ from xmag_hf.distillation.teacher_cache import (
     build_cache,
     find_cache,
     finish_cache,
-    shared_cells,
     teacher_identity,
 )
+from xmag_hf.distillation.teacher_encoding import shared_cells
 
 
 @pytest.fixture
@@ -53,6 +57,97 @@ def test_features_are_those_of_each_cell(
     assert np.abs(got - _expected(cmu_pixels)).max() < 1e-3  # float16
     # 4 x 3 pairs at stride 224 cover 7 x 6 sub-patches a slide.
     assert teacher.seen == (2 * 7 * 6 if share else 24 * 16)
+
+
+# By Pillow's own names, and nothing of the package.
+_T = Image.Transpose
+TURNED = {
+    2: [[], [_T.FLIP_LEFT_RIGHT]],
+    4: [[], [_T.ROTATE_180], [_T.FLIP_LEFT_RIGHT], [_T.FLIP_TOP_BOTTOM]],
+    8: [
+        [],
+        [_T.ROTATE_90],
+        [_T.ROTATE_180],
+        [_T.ROTATE_270],
+        [_T.FLIP_LEFT_RIGHT],
+        [_T.FLIP_LEFT_RIGHT, _T.ROTATE_90],
+        [_T.FLIP_TOP_BOTTOM],
+        [_T.FLIP_LEFT_RIGHT, _T.ROTATE_270],
+    ],
+}
+
+
+@pytest.mark.parametrize(("count", "share"), [(2, True), (4, False), (8, True)])
+def test_cached_views_are_of_truly_turned_regions(
+    corpus: Corpus, turning_teacher, tmp_path: Path, cmu_pixels: np.ndarray, count: int, share: bool
+) -> None:
+    finish_cache(build_cache(corpus, turning_teacher, tmp_path, views=count, share=share))
+    assert turning_teacher.seen == count * (2 * 7 * 6 if share else 24 * 16)
+    identity = teacher_identity(turning_teacher, corpus, "20x", count)
+    features = TeacherFeatures(tmp_path / identity.key, corpus, identity)
+    for row, left, top in ((0, 100, 100), (18, 100 + 2 * 224, 1500 + 224)):
+        region = Image.fromarray(cmu_pixels[top : top + 896, left : left + 896])
+        for number, turns in enumerate(TURNED[count]):
+            turned = region
+            for turn in turns:
+                turned = turned.transpose(turn)
+            cells = np.asarray(turned).reshape(4, 224, 4, 224, 3)[:, :112, :, :56]
+            expected = cells.mean((1, 3)).reshape(16, 3) / 255
+            assert np.abs(features.view(row, number) - expected).max() < 1e-3, (row, turns)
+    assert np.array_equal(features[18], features.view(18, 0))
+    assert find_cache(tmp_path, "upper-left", corpus, share=share) is None
+    assert find_cache(tmp_path, "upper-left", corpus, share=share, views=count) == identity
+
+
+def test_a_file_that_lacks_views_is_refused(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    finish_cache(build_cache(corpus, teacher, tmp_path, views=2))
+    identity = teacher_identity(teacher, corpus, "20x", 2)
+    with h5py.File(tmp_path / identity.key / "features-00000-of-00002.h5", "a") as file:
+        del file["views"]
+    with pytest.raises(DistillationError, match="1 dihedral views, expected 2.*Delete"):
+        TeacherFeatures(tmp_path / identity.key, corpus, identity)
+
+
+def test_one_view_is_the_old_file(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    """Format 1, without the new data set: what older releases read and wrote."""
+    with h5py.File(_build(corpus, teacher, tmp_path).paths[0]) as file:
+        assert set(file) == {"features", "slide_id", "x", "y"}
+        assert file.attrs["format_version"] == 1 and file["features"].shape == (12, 16, 3)
+
+
+def _expected_5x(pair_corpus: Path) -> np.ndarray:
+    """(24, 16, 3) mean colours of the cells of `image_5x`, each enlarged by Pillow on its own."""
+    rows = []
+    for path in sorted((pair_corpus / "data").glob("*.parquet")):
+        for pair in pq.read_table(path, columns=["image_5x"]).to_pylist():
+            view = Image.open(io.BytesIO(pair["image_5x"]["bytes"]))
+            boxes = [(x, y, x + 56, y + 56) for y in range(0, 224, 56) for x in range(0, 224, 56)]
+            cells = [view.resize((224, 224), Image.Resampling.LANCZOS, box=box) for box in boxes]
+            rows.append([np.asarray(cell).mean((0, 1)) / 255 for cell in cells])
+    return np.array(rows)
+
+
+def test_the_5x_control_is_another_cache(
+    corpus: Corpus, teacher, tmp_path: Path, pair_corpus: Path
+) -> None:
+    fine = _build(corpus, teacher, tmp_path).rows(np.arange(24))
+    finish_cache(build_cache(corpus, teacher, tmp_path, share=False, teacher_view="5x"))
+    identity = teacher_identity(teacher, corpus, "5x")
+    coarse = TeacherFeatures(tmp_path / identity.key, corpus, identity).rows(np.arange(24))
+    assert np.abs(coarse - _expected_5x(pair_corpus)).max() < 1e-3  # float16
+    assert not np.array_equal(coarse, fine)
+    assert find_cache(tmp_path, "mean-colour", corpus) == teacher_identity(teacher, corpus)
+    found = find_cache(tmp_path, "mean-colour", corpus, teacher_view="5x", share=False)
+    assert found == identity
+
+
+def test_the_20x_key_stays_what_it_was(teacher, corpus: Corpus) -> None:
+    """Worked out by hand from the published rule: older caches must be found."""
+    fields = ["mean-colour", "sha256:0", "fp32", "mean 0 sd 255", "f" * 64]
+    text = "[" + ", ".join(f'"{field}"' for field in fields) + "]"
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert teacher_identity(teacher, corpus).key == key
+    assert teacher_identity(teacher, corpus, "5x").key != key
 
 
 def test_sharing_by_brute_force_at_a_fractional_scale(corpus: Corpus) -> None:
@@ -196,3 +291,11 @@ def test_open_files_do_not_travel_to_workers(corpus: Corpus, teacher, tmp_path: 
     features = _build(corpus, teacher, tmp_path)
     first = features[3]
     assert np.array_equal(pickle.loads(pickle.dumps(features))[3], first)
+
+
+def test_two_processes_that_finish_a_cache_together(tmp_path):
+    partial = tmp_path / "0123456789abcdef.partial"
+    partial.mkdir()
+    assert finish_cache(partial) == finish_cache(partial) == tmp_path / "0123456789abcdef"
+    with pytest.raises(FileNotFoundError):
+        finish_cache(tmp_path / "absent.partial")

@@ -32,6 +32,14 @@ def _lines(options: DistillOptions) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+EVERY_OPTION = {
+    "cache_teacher": True,
+    "cache_views": 2,
+    "relational_weight": 0.7,
+    "target_centering": "whiten",
+    "stain_jitter": 0.05,
+    "token_mask_ratio": 0.4,
+}
 CURVE = ("step", "loss", "loss_global", "loss_local", "learning_rate", "grad_norm")
 
 
@@ -85,14 +93,15 @@ def test_warmup_as_long_as_the_run_is_refused(options, use_teacher) -> None:
         distill(options(max_steps=10, warmup_ratio=0.95), quiet=True)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["mapped", "streaming", "every option"])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    options, use_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+    options, use_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    same = {
+    same: dict[str, object] = EVERY_OPTION if kind == "every option" else {}
+    same = same | {
         "max_steps": 7,
         "checkpoint_steps": 2,
-        "streaming": streaming,
+        "streaming": kind == "streaming",
         "drop_path_rate": 0.2,  # random numbers on the device are part of the state
         "gradient_accumulation_steps": 2,
         "batch_size": 2,
@@ -117,6 +126,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert [line["step"] for line in _lines(cut)] == [1, 2, 3, 4, 5]
     resumed = distill(cut, quiet=True)
     assert _curve(cut) == _curve(whole)
+    if kind == "every option":
+        for line in _lines(whole):
+            parts = (line["loss_global"], 0.5 * line["loss_local"], 0.7 * line["loss_relational"])
+            assert line["loss"] == pytest.approx(sum(parts), abs=1e-5)
     assert expected is not None and resumed is not None
     for name, value in expected.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[name]), name
@@ -215,6 +228,71 @@ def test_the_curve_does_not_depend_on_whether_the_cache_was_there(
     distill(first, quiet=True)
     distill(second, quiet=True)
     assert _curve(first) == _curve(second)
+
+
+@pytest.mark.parametrize("kept", ["nothing", "5x", "both"])
+def test_the_control_is_scored_against_the_20x_teacher(
+    options, use_teacher, tmp_path: Path, kept: str
+) -> None:
+    """Whatever is cached: the scores of the untrained start are those of an ordinary run."""
+    same = {"max_steps": 1, "holdout": ("lower",), "share_sub_patches": False}
+    if kept == "both":
+        ordinary = options(output_dir=str(tmp_path / "20x"), cache_teacher=True, **same)
+        distill(ordinary, quiet=True)
+    seen = use_teacher.seen
+    control = options(teacher_view="5x", cache_teacher=kept != "nothing", **same)
+    result = distill(control, quiet=True)
+    assert result is not None and "no 20x detail" in result.student.config.teacher
+    assert use_teacher.seen == seen + (4 if kept == "nothing" else 24) * 16
+    seen = use_teacher.seen
+    rows = {(row["student"], row["level"]): row for row in score_result(result)}
+    assert use_teacher.seen == seen + (0 if kept == "both" else 24 * 16)
+    live = distill(options(output_dir=str(tmp_path / "live"), **same), quiet=True)
+    assert live is not None
+    for row in score_result(live):
+        if row["student"] != "distilled":
+            expected = rows[row["student"], row["level"]]["centred_cosine"]
+            assert row["centred_cosine"] == pytest.approx(expected, abs=2e-3)
+
+
+def test_the_card_of_the_control_claims_no_20x(
+    options, use_teacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for view, claim in (("20x", "the 20x encoder"), ("5x", "targets held no 20x detail")):
+        chosen = options(max_steps=1, teacher_view=view)
+        folder = Path(chosen.output_dir + view)
+        names = [
+            "data",
+            "teacher",
+            "student",
+            "batch_size",
+            "max_steps",
+            "num_workers",
+            "teacher_view",
+        ]
+        flags = [f"--{name}={getattr(chosen, name)}" for name in names]
+        assert main(["distill", *flags, f"--output-dir={folder}", "--quiet"]) == 0
+        card = " ".join((folder / "README.md").read_text().split())
+        assert claim in card
+        assert ("the 20x encoder" in card) == (view == "20x")
+
+
+def test_a_control_that_could_not_be_scored_does_not_start(
+    options, use_teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own cache is complete, but neither the 20x features nor their teacher can be had."""
+    control = {"teacher_view": "5x", "cache_teacher": True, "max_steps": 1}
+    distill(options(**control), quiet=True)
+    monkeypatch.setattr("xmag_hf.distillation.teacher.check_encoder", _unavailable)
+    with pytest.raises(EncoderError, match="is gated"):
+        distill(options(**control, holdout=("lower",), resume=False), quiet=True)
+
+
+def test_records_from_before_an_option_are_of_its_default(options) -> None:
+    then, now = recorded_options(options()), recorded_options(options(teacher_view="5x"))
+    del then["teacher_view"]
+    assert differing_options(then, recorded_options(options())) == []
+    assert differing_options(then, now) == ["teacher_view: 20x then, 5x now"]
 
 
 def test_synchronised_batchnorm_keeps_the_network(options) -> None:
@@ -339,6 +417,13 @@ def test_weight_decay_spares_vectors() -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0: must be above 0"),
         ({"warmup_ratio": 1.0}, r"warmup_ratio=1.0: must be in \[0, 1\)"),
         ({"global_weight": 0.0, "local_weight": 0.0}, "no loss left"),
+        ({"cache_views": 3, "cache_teacher": True}, "cache_views=3: must be one of 1, 2, 4, 8"),
+        ({"cache_views": 2}, "Add --cache_teacher"),
+        ({"cache_views": 2, "cache_teacher": True, "dihedral": False}, "and --dihedral"),
+        ({"target_centering": "mean"}, "Add --cache_teacher"),
+        ({"student": "lite", "token_mask_ratio": 0.3}, "lite has no tokens to mask"),
+        ({"relational_weight": -1.0}, "must not be negative"),
+        ({"teacher_view": "10x"}, "teacher_view=10x: must be one of 20x, 5x"),
         ({"push_to_hub": True}, "needs --hub_model_id"),
     ],
 )

@@ -163,6 +163,7 @@ def _card_facts(result: DistillResult, alignment: list[dict[str, Any]]) -> CardF
         seeds=[options.seed],
         date=datetime.date.today().isoformat(),
         repo_id=options.hub_model_id or Path(options.output_dir).name,
+        teacher_view=options.teacher_view,
     )
 
 

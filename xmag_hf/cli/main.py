@@ -15,6 +15,7 @@ from xmag_hf.cli.options import hyphenated
 # verb -> (module, one line for `xmag --help`). A module offers EXAMPLE, add_arguments and run.
 VERBS = {
     "corpus": ("xmag_hf.cli.corpus", "slides -> paired 20x/5x corpus (Parquet, load_dataset-able)"),
+    "cache": ("xmag_hf.cli.cache", "corpus + 20x teacher -> teacher features, kept on disk"),
     "distill": ("xmag_hf.cli.distill", "corpus + 20x teacher -> 5x student folder"),
     "spider": ("xmag_hf.cli.spider", "SPIDER's patches -> 20x/5x data set for probes (Parquet)"),
     "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),

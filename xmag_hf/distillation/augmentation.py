@@ -1,4 +1,4 @@
-"""Augmentation that is the same for both magnifications: dihedral views and colour jitter.
+"""Augmentation that is the same for both magnifications: dihedral views, colour and stain jitter.
 
 The eight views of the square are numbered 0 to 7: view g is g % 4 quarter turns anticlockwise,
 after a left-right flip if g >= 4. A view of the region permutes its sixteen cells.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 GRID = 4  # a 5x patch covers 4 x 4 sub-patches at 20x
@@ -20,6 +21,13 @@ _YIQ = torch.tensor(
     dtype=torch.float64,
 )
 _LUMA = (0.299, 0.587, 0.114)
+# Optical density in R, G, B of haematoxylin, eosin and the residual (DAB): Ruifrok and Johnston
+# 2001, Anal Quant Cytol Histol 23:291, scaled to length 1 as they do.
+_STAINS = torch.nn.functional.normalize(
+    torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], dtype=torch.float64),
+    dim=1,
+)
+DARKEST = 1 / 255  # black has no finite optical density
 
 
 def dihedral_view(image: np.ndarray, view: int) -> np.ndarray:
@@ -78,6 +86,24 @@ def sub_patches(region: np.ndarray, grid: int = GRID) -> np.ndarray:
     return cells.reshape(grid * grid, s, s, channels)
 
 
+def enlarged_cells(view: np.ndarray, grid: int = GRID) -> np.ndarray:
+    """Cut a 5x view into cells as large as sub-patches, without their detail.
+
+    The whole view is enlarged by Lanczos before it is cut, so that the borders of a cell see its
+    neighbours.
+
+    Args:
+        view: (S, S, 3) uint8.
+        grid: Cells per side, and the factor of the enlargement.
+
+    Returns:
+        (grid * grid, S, S, 3) uint8, row-major: the tissue of `sub_patches` of the region.
+    """
+    size = (view.shape[1] * grid, view.shape[0] * grid)
+    image = Image.fromarray(np.ascontiguousarray(view))
+    return sub_patches(np.asarray(image.resize(size, Image.Resampling.LANCZOS)), grid)
+
+
 def sample_generator(seed: int, epoch: int, row: int) -> np.random.Generator:
     """The random source of one pair in one epoch, whichever process or worker loads it."""
     return np.random.default_rng((seed, epoch, row))
@@ -87,6 +113,43 @@ def draw_jitter(generator: np.random.Generator) -> np.ndarray:
     """Draw (brightness, contrast, saturation, hue); (4,) float32, hue in turns."""
     factors = generator.uniform(1 - JITTER, 1 + JITTER, size=3)
     return np.array([*factors, generator.uniform(-JITTER, JITTER)], dtype=np.float32)
+
+
+def draw_stain(generator: np.random.Generator, strength: float) -> np.ndarray:
+    """Draw three scales in [1 - strength, 1 + strength], three shifts in [-strength, strength].
+
+    Args:
+        generator: Of the pair.
+        strength: 0.05 is Tellez et al.'s light, 0.2 their strong augmentation.
+
+    Returns:
+        (6,) float32: scales, then shifts, of haematoxylin, eosin and residual.
+    """
+    scales = generator.uniform(1 - strength, 1 + strength, size=3)
+    return np.array([*scales, *generator.uniform(-strength, strength, size=3)], dtype=np.float32)
+
+
+def stain_jitter(images: Tensor, stain: Tensor) -> Tensor:
+    """Scale and shift the three stains of the optical density, one draw per pair.
+
+    Tellez et al. 2019 (doi:10.1016/j.media.2019.101544), Sec. 3, HED: c' = scale * c + shift with
+    -ln(rgb) = c @ stains. Natural logarithm; shifts are thus in units of optical density.
+
+    Args:
+        images: (B, 3, H, W), or (B, n, 3, H, W) for the sub-patches of a pair; float in [0, 1].
+        stain: (B, 6), from `draw_stain`.
+
+    Returns:
+        Same shape and dtype, clipped to [0, 1].
+    """
+    pixels = images if images.dim() == 5 else images[:, None]  # (B, n, 3, H, W)
+    stains = _STAINS.to(pixels)
+    scale, shift = stain.to(pixels).split(3, dim=1)  # (B, 3) each
+    matrices = stains.inverse() @ (scale[:, :, None] * stains)  # (B, 3, 3), density to density
+    density = -pixels.clamp(min=DARKEST).log()
+    density = torch.einsum("bnihw,bij->bnjhw", density, matrices)
+    density = density + (shift @ stains)[:, None, :, None, None]
+    return (-density).exp().clamp(0, 1).reshape(images.shape)
 
 
 def color_jitter(images: Tensor, jitter: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xmag_hf.distillation.targets import TargetMap
 
 
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
@@ -28,6 +31,29 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
     # float32: a sum of 1,536 squares of half-precision features can pass fp16's largest value.
     cosine = F.cosine_similarity(prediction.float(), target.detach().float(), dim=-1, eps=1e-8)
     return -cosine.mean()
+
+
+def relational_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of the pairwise cosine similarities within a batch.
+
+    sum over i != j of (cos(p_i, p_j) - cos(t_i, t_j))^2 / (B (B - 1)): what is like what, whatever
+    the directions. After Tung and Mori 2019 (arXiv:1907.09682), with cosines in place of row-
+    normalised products.
+
+    Args:
+        prediction: (B, d), B >= 2.
+        target: (B, d_T); gets no gradient.
+
+    Returns:
+        Scalar, float32, in [0, 4].
+    """
+    # Half-precision products would round the differences that this loss is made of.
+    with torch.autocast(prediction.device.type, enabled=False):
+        p = F.normalize(prediction.float(), dim=-1)
+        t = F.normalize(target.detach().float(), dim=-1)
+        difference = p @ p.T - t @ t.T  # (B, B), diagonal 0 but for rounding
+    n = len(p)
+    return difference.fill_diagonal_(0).square().sum() / (n * (n - 1))
 
 
 def projection_head(student_dim: int, teacher_dim: int) -> nn.Sequential:
@@ -60,6 +86,8 @@ class DistillationLoss(nn.Module):
         teacher_dim: d_T.
         global_weight: Weight of the class-token term.
         local_weight: Weight of the 4 x 4 term.
+        relational_weight: Weight of `relational_loss` on the global projections; 0 leaves it out.
+        target_map: Centres or whitens the teacher's features before anything else.
     """
 
     def __init__(
@@ -69,12 +97,16 @@ class DistillationLoss(nn.Module):
         *,
         global_weight: float = 1.0,
         local_weight: float = 0.5,
+        relational_weight: float = 0.0,
+        target_map: TargetMap | None = None,
     ) -> None:
         super().__init__()
         self.global_head = projection_head(student_dim, teacher_dim)
         self.local_head = projection_head(student_dim, teacher_dim)
         self.global_weight = global_weight
         self.local_weight = local_weight
+        self.relational_weight = relational_weight
+        self.target_map = target_map
 
     def forward(
         self, pooled: Tensor, spatial: Tensor, teacher_features: Tensor
@@ -87,7 +119,8 @@ class DistillationLoss(nn.Module):
             teacher_features: (B, 16, d_T), of the sub-patches in the same order.
 
         Returns:
-            `loss`, `loss_global`, `loss_local`: scalars, float32.
+            `loss`, `loss_global`, `loss_local`, and `loss_relational` if it has a weight: scalars,
+            float32.
 
         Raises:
             ValueError: Batch sizes or cell counts differ.
@@ -97,11 +130,19 @@ class DistillationLoss(nn.Module):
                 f"pooled {tuple(pooled.shape)}, spatial {tuple(spatial.shape)} and teacher "
                 f"{tuple(teacher_features.shape)} do not belong to the same (B, 16) cells."
             )
+        if self.target_map is not None:
+            teacher_features = self.target_map(teacher_features)
         local = self.local_head(spatial.flatten(0, 1))  # (B * 16, d_T)
-        loss_global = negative_cosine(self.global_head(pooled), teacher_features.float().mean(1))
+        projected = self.global_head(pooled)  # (B, d_T)
+        global_target = teacher_features.float().mean(1)
+        loss_global = negative_cosine(projected, global_target)
         loss_local = negative_cosine(local, teacher_features.flatten(0, 1))
         loss = self.global_weight * loss_global + self.local_weight * loss_local
-        return {"loss": loss, "loss_global": loss_global, "loss_local": loss_local}
+        parts = {"loss": loss, "loss_global": loss_global, "loss_local": loss_local}
+        if self.relational_weight:
+            parts["loss_relational"] = relational_loss(projected, global_target)
+            parts["loss"] = loss + self.relational_weight * parts["loss_relational"]
+        return parts
 
 
 def mean_pairwise_cosine(embeddings: Tensor) -> Tensor:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TEACHER_VIEWS = ("20x", "5x")
+# How many dihedral views of a pair are encoded, and which: each set is a group, and holds the one
+# before. 2 adds the left-right flip, 4 the half turn and the top-bottom flip, 8 the quarter turns.
+CACHED_VIEWS = {1: (0,), 2: (0, 4), 4: (0, 2, 4, 6), 8: (0, 1, 2, 3, 4, 5, 6, 7)}
+TARGET_CENTERINGS = ("none", "mean", "whiten")
+
 
 class DistillationError(ValueError):
     """A run that cannot start or go on; the message names subject, value and remedy."""
@@ -33,6 +39,14 @@ class DistillOptions:
     teacher: str = _option(
         "uni2-h", "20x teacher: a name of xmag_hf.encoders, timm:NAME, hf:ID or a folder"
     )
+    teacher_view: str = _option(
+        "20x",
+        "what the teacher sees of a pair: its 20x sub-patches, or with 5x the cells of its 5x view "
+        "enlarged four times (Lanczos), a control whose targets hold no 20x detail; the scores of "
+        "--holdout are against the 20x teacher either way (with --cache-teacher from a complete "
+        "20x cache, else encoded at the end)",
+        choices=TEACHER_VIEWS,
+    )
     student: str = _option("base", "student size", choices=("base", "small", "tiny", "lite"))
     init: str | None = _option(
         None,
@@ -51,6 +65,18 @@ class DistillOptions:
     max_grad_norm: float = _option(1.0, "gradient clipping")
     global_weight: float = _option(1.0, "weight of the class-token loss")
     local_weight: float = _option(0.5, "weight of the 4 x 4 local loss")
+    relational_weight: float = _option(
+        0.0,
+        "weight of a loss on the batch's pairwise cosine similarities (each process its own "
+        "batch), student's global projections against teacher's global targets; not yet measured",
+    )
+    target_centering: str = _option(
+        "none",
+        "none, mean (targets minus the mean training-teacher feature) or whiten (and PCA-whitened, "
+        "since a few directions carry most of the variance); needs --cache-teacher; not yet "
+        "measured",
+        choices=TARGET_CENTERINGS,
+    )
     ema_decay: float = _option(
         0.999, "EMA of the student, which is what is saved; ramps up as (1 + t) / (10 + t)"
     )
@@ -59,11 +85,22 @@ class DistillOptions:
     dihedral: bool = _option(
         True,
         "flips and quarter turns, the same for both magnifications; with a cached teacher the "
-        "sixteen cells are permuted instead of encoded anew, which is an approximation",
+        "sixteen cells are permuted instead of encoded anew, which is an approximation unless "
+        "--cache-views is above 1",
     )
     color_jitter: bool = _option(
         True,
         "0.95 to 1.05, hue 0.05, one draw for both magnifications; a cached teacher sees none",
+    )
+    stain_jitter: float = _option(
+        0.0,
+        "largest change of haematoxylin, eosin and residual (scale 1 +- F, shift +- F in optical "
+        "density), one draw for both magnifications; a cached teacher sees none; not yet measured",
+    )
+    token_mask_ratio: float = _option(
+        0.0,
+        "share of the student's patch tokens replaced by a learnt token, targets whole; not for "
+        "lite, which has no tokens; not yet measured",
     )
     mixed_precision: str = _option(
         "auto", "auto: bf16 on a GPU that has it, else no", choices=("auto", "no", "bf16", "fp16")
@@ -75,6 +112,14 @@ class DistillOptions:
     )
     share_sub_patches: bool = _option(
         True, "cache: a sub-patch seen by several overlapping pairs goes through the teacher once"
+    )
+    cache_views: int = _option(
+        1,
+        "cache: dihedral views of a pair whose features are computed: 1, 2 (and the left-right "
+        "flip), 4 (and the half turn and the top-bottom flip) or 8 (and the quarter turns); above "
+        "1, --dihedral draws among these only, and nothing is approximated; costs that many times "
+        "the teacher passes and the space",
+        choices=tuple(CACHED_VIEWS),
     )
     teacher_precision: str = _option(
         "auto", "auto: bf16 on a GPU, else fp32", choices=("auto", "fp32", "bf16", "fp16")
@@ -122,16 +167,42 @@ class DistillOptions:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise DistillationError(f"--{name}={getattr(self, name)}: must be above 0.")
-        for name in ("warmup_ratio", "ema_decay", "drop_path_rate"):
+        shares = "warmup_ratio ema_decay drop_path_rate stain_jitter token_mask_ratio"
+        for name in shares.split():
             if not 0 <= getattr(self, name) < 1:
                 raise DistillationError(f"--{name}={getattr(self, name)}: must be in [0, 1).")
+        choices = {
+            "teacher_view": TEACHER_VIEWS,
+            "target_centering": TARGET_CENTERINGS,
+            "cache_views": tuple(CACHED_VIEWS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                value, known = getattr(self, name), ", ".join(map(str, known))
+                raise DistillationError(f"--{name}={value}: must be one of {known}.")
+        if self.cache_views > 1 and not (self.cache_teacher and self.dihedral):
+            raise DistillationError(
+                f"--cache_views={self.cache_views} keeps turned views for --dihedral to draw from. "
+                "Add --cache_teacher and --dihedral, or leave it at 1."
+            )
+        if self.target_centering != "none" and not self.cache_teacher:
+            raise DistillationError(
+                f"--target_centering={self.target_centering} takes its mean from all training "
+                "features, which a live teacher has not computed. Add --cache_teacher."
+            )
+        if self.token_mask_ratio and self.student == "lite":
+            raise DistillationError(
+                f"--token_mask_ratio={self.token_mask_ratio}: lite has no tokens to mask. Use 0, "
+                "or a ViT: --student base, small or tiny."
+            )
         if self.batch_size < 2:
             raise DistillationError("--batch_size=1: BatchNorm in the heads needs at least 2.")
         if self.max_steps is not None and self.max_steps < 1:
             raise DistillationError(f"--max_steps={self.max_steps}: must be at least 1.")
-        if min(self.global_weight, self.local_weight, self.weight_decay, self.num_workers) < 0:
+        weights = (self.global_weight, self.local_weight, self.relational_weight)
+        if min(*weights, self.weight_decay, self.num_workers) < 0:
             raise DistillationError("weights, weight decay and num_workers must not be negative.")
-        if self.global_weight == self.local_weight == 0:
+        if max(weights) == 0:
             raise DistillationError("--global_weight and --local_weight are both 0: no loss left.")
         if self.push_to_hub and not self.hub_model_id:
             raise DistillationError("--push_to_hub needs --hub_model_id ORG/NAME.")
@@ -167,10 +238,12 @@ def differing_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         Lines such as `learning_rate: 0.001 then, 0.0005 now`; empty when the curve can go on.
     """
     free = RESUMABLE_DIFFERENCES
+    # A record from before an option existed is of a run that did what its default does.
+    old = recorded_options(DistillOptions(data="")) | old
     if new["streaming"]:
         free = free - {"num_workers"}  # loader processes share out the shards: order depends on it
     return [
-        f"{name}: {old.get(name)} then, {value} now"
+        f"{name}: {old[name]} then, {value} now"
         for name, value in new.items()
-        if name not in free and old.get(name) != value
+        if name not in free and old[name] != value
     ]

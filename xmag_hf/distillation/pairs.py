@@ -22,14 +22,21 @@ from xmag_hf.distillation.augmentation import (
     cell_permutation,
     dihedral_view,
     draw_jitter,
+    draw_stain,
     sample_generator,
-    sub_patches,
 )
-from xmag_hf.distillation.corpus import REGION_PX, Corpus, iterate_shard
+from xmag_hf.distillation.corpus import Corpus, iterate_shard
 from xmag_hf.distillation.options import DistillationError, DistillOptions
-from xmag_hf.distillation.teacher_cache import TeacherFeatures, decode_image
+from xmag_hf.distillation.teacher_cache import TeacherFeatures
+from xmag_hf.distillation.teacher_encoding import (
+    VIEW_PX,
+    cut_cells,
+    decode_image,
+    teacher_column,
+    teacher_image,
+)
 
-VIEW_PX = 224
+PATCH_TOKENS = 16 * 16  # of every ViT student at 224 px
 Batch = dict[str, Tensor]
 
 
@@ -39,20 +46,40 @@ class PairReader:
 
     Attributes:
         features: Cached teacher features; None to decode the sub-patches for a live teacher.
-        dihedral: Draw one of the eight views.
+        dihedral: Draw one of the eight views, or of those cached if there are several.
         color_jitter: Draw jitter factors (applied later, on the device).
         seed: Of the augmentation.
+        teacher_view: What a live teacher sees: 20x, or 5x enlarged.
+        stain_jitter: Strength of the stain factors drawn (applied later); 0 draws none.
+        token_mask_ratio: Share of the student's patch tokens to mask; 0 draws none.
     """
 
     features: TeacherFeatures | None
     dihedral: bool
     color_jitter: bool
     seed: int
+    teacher_view: str = "20x"
+    stain_jitter: float = 0.0
+    token_mask_ratio: float = 0.0
+
+    @classmethod
+    def of(cls, options: DistillOptions, features: TeacherFeatures | None) -> PairReader:
+        """The reader of a run."""
+        return cls(
+            features,
+            options.dihedral,
+            options.color_jitter,
+            options.seed,
+            options.teacher_view,
+            options.stain_jitter,
+            options.token_mask_ratio,
+        )
 
     @property
     def columns(self) -> list[str]:
         """Columns to read: the 20x image only if the teacher must see it."""
-        return ["image_5x"] if self.features is not None else ["image_5x", "image_20x"]
+        seen = [] if self.features is not None else [teacher_column(self.teacher_view)]
+        return list(dict.fromkeys(["image_5x", *seen]))
 
     def __call__(self, row: int, epoch: int, values: dict[str, Any]) -> dict[str, Any]:
         """Make one sample.
@@ -63,28 +90,40 @@ class PairReader:
             values: Columns of the pair, images as {"bytes", "path"}.
 
         Returns:
-            `row`; `image_5x` (3, 224, 224) uint8; `jitter` (4,) float32 if drawn; and `features`
-            (16, d_T) float16 or `sub_patches` (16, 3, 224, 224) uint8.
+            `row`; `image_5x` (3, 224, 224) uint8; `jitter` (4,) float32, `stain` (6,) float32,
+            `mask` (256,) bool, each if drawn; and `features` (16, d_T) float16 or `sub_patches`
+            (16, 3, 224, 224) uint8.
         """
         draw = sample_generator(self.seed, epoch, row)
-        view = int(draw.integers(N_VIEWS)) if self.dihedral else 0
+        views = self.features.views if self.features is not None else (0,)
+        choice = views if len(views) > 1 else tuple(range(N_VIEWS))
+        view = choice[draw.integers(len(choice))] if self.dihedral else 0
+        image = decode_image(values["image_5x"]["bytes"], VIEW_PX, f"pair {row}, image_5x")
         sample: dict[str, Any] = {
             "row": row,
-            "image_5x": _channels_first(self._view(values, "image_5x", VIEW_PX, view, row)),
+            "image_5x": _channels_first(dihedral_view(image, view)),
         }
         if self.color_jitter:
             sample["jitter"] = torch.from_numpy(draw_jitter(draw))
+        # Drawn after all else, so that the other draws do not depend on these options.
+        if self.stain_jitter:
+            sample["stain"] = torch.from_numpy(draw_stain(draw, self.stain_jitter))
+        if self.token_mask_ratio:
+            masked = round(self.token_mask_ratio * PATCH_TOKENS)
+            sample["mask"] = torch.from_numpy(draw.permutation(PATCH_TOKENS) < masked)
         if self.features is not None:
-            features = self.features[row][cell_permutation(view)]  # (16, d_T)
-            sample["features"] = torch.from_numpy(features)
+            sample["features"] = torch.from_numpy(self._cached(self.features, row, view))
         else:
-            region = self._view(values, "image_20x", REGION_PX, view, row)
-            sample["sub_patches"] = _channels_first(sub_patches(region))
+            image = teacher_image(values, self.teacher_view, f"pair {row},")
+            sample["sub_patches"] = _channels_first(cut_cells(image, self.teacher_view, view))
         return sample
 
-    def _view(self, values: dict, column: str, side_px: int, view: int, row: int) -> np.ndarray:
-        image = decode_image(values[column]["bytes"], side_px, f"pair {row}, {column}")
-        return np.ascontiguousarray(dihedral_view(image, view))
+    @staticmethod
+    def _cached(features: TeacherFeatures, row: int, view: int) -> np.ndarray:
+        """(16, d_T) of the view: its own, or those of the pair as it lies, permuted."""
+        if view in features.views:
+            return features.view(row, features.views.index(view))
+        return features[row][cell_permutation(view)]
 
 
 class MappedPairs(Dataset):

@@ -17,10 +17,14 @@ from xmag_hf.distillation.alignment import (
     score_predictions,
     spatial_folds,
 )
-from xmag_hf.distillation.augmentation import sub_patches
-from xmag_hf.distillation.corpus import REGION_PX, Corpus, Split, count_disjoint, read_pairs
-from xmag_hf.distillation.pairs import VIEW_PX
-from xmag_hf.distillation.teacher_cache import CELLS, decode_image
+from xmag_hf.distillation.corpus import Corpus, Split, count_disjoint, read_pairs
+from xmag_hf.distillation.teacher_encoding import (
+    CELLS,
+    VIEW_PX,
+    cut_cells,
+    decode_image,
+    teacher_image,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,7 +199,7 @@ def _some(rows: np.ndarray, most: int, draw: np.random.Generator) -> np.ndarray:
 def live_features(
     corpus: Corpus, encode: Callable[[np.ndarray], np.ndarray], pairs_per_call: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Teacher features computed on demand, where nothing is cached.
+    """Teacher features of the 20x sub-patches computed on demand, where nothing is cached.
 
     Args:
         corpus: To read.
@@ -209,8 +213,7 @@ def live_features(
     def features(rows: np.ndarray) -> np.ndarray:
         found, waiting = [], []
         for n, (row, values) in enumerate(read_pairs(corpus, rows, ["image_20x"]), start=1):
-            data = values["image_20x"]["bytes"]
-            waiting.append(sub_patches(decode_image(data, REGION_PX, f"pair {row}, image_20x")))
+            waiting.append(cut_cells(teacher_image(values, "20x", f"pair {row},"), "20x", 0))
             if len(waiting) == pairs_per_call or n == len(rows):
                 found.append(encode(np.concatenate(waiting)))
                 waiting = []

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xmag_hf.distillation.corpus import Corpus
 from xmag_hf.distillation.options import DistillationError, DistillOptions
+from xmag_hf.distillation.scoring import live_features
 from xmag_hf.distillation.teacher_cache import (
     TeacherFeatures,
     TeacherIdentity,
@@ -21,6 +25,7 @@ from xmag_hf.distillation.teacher_cache import (
     finish_cache,
     teacher_identity,
 )
+from xmag_hf.distillation.teacher_encoding import CELLS, encode_sub_patches
 from xmag_hf.encoders import Encoder, EncoderCard, EncoderError, check_encoder, load_encoder
 
 SUB_PATCH_PX = 224
@@ -39,6 +44,8 @@ class Teacher:
         embed_dim: d_T.
         features: Cached features.
         encoder: Live encoder, on the device.
+        reference: Cached features of the 20x sub-patches, which scores are against; the same as
+            `features` unless those are of the enlarged 5x view.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Teacher:
     embed_dim: int
     features: TeacherFeatures | None
     encoder: Encoder | None
+    reference: TeacherFeatures | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class TeacherPlan:
         precision: It runs, or ran, in.
         cache_dir: Holds one folder per key.
         cached: Identity of a complete cache, if one is to be used.
+        reference: Identity of a complete cache of the 20x sub-patches, where `cached` is, or will
+            be, of the enlarged 5x view.
     """
 
     name: str
@@ -67,6 +77,7 @@ class TeacherPlan:
     precision: str
     cache_dir: Path
     cached: TeacherIdentity | None
+    reference: TeacherIdentity | None = None
 
 
 def check_teacher(options: DistillOptions) -> EncoderCard | EncoderError:
@@ -118,29 +129,26 @@ def plan_teacher(
         EncoderError: The teacher cannot be had, and no complete cache stands in for it.
         DistillationError: Several caches fit, or processes see different ones.
     """
-    wanted = None if options.teacher_precision == "auto" else options.teacher_precision
-    card = checked if isinstance(checked, EncoderCard) else None
-    cache_dir = _cache_dir(options, corpus)
-    cached = None
+    cache_dir = cache_folder(options, corpus)
+    cached = reference = None
     if options.cache_teacher:
-        cached = find_cache(
-            cache_dir,
-            card.name if card else options.teacher,
-            corpus,
-            precision=wanted,
-            revision=card.revision if card else None,
-            share=options.share_sub_patches,
-        )
-        agree(accelerator, cached and cached.key, "teacher caches", "--cache-dir")
+        seen = (options.teacher_view, options.cache_views)
+        cached = _agreed_cache(options, *seen, checked, corpus, accelerator)
+    if options.cache_teacher and options.teacher_view != "20x":
+        for views in sorted({1, options.cache_views}):  # either holds the view as it lies
+            found = _agreed_cache(options, "20x", views, checked, corpus, accelerator)
+            reference = reference or found
+    scored_live = options.teacher_view != "20x" and options.holdout and reference is None
+    if isinstance(checked, EncoderError) and (cached is None or scored_live):
+        raise checked
     if cached is not None:
         if isinstance(checked, EncoderError):
             logger.warning("cached features of %s; not checked: %s", cached.encoder, checked)
-        return TeacherPlan(cached.encoder, cached.revision, cached.precision, cache_dir, cached)
-    if isinstance(checked, EncoderError):
-        raise checked
-    on_gpu = accelerator.device.type == "cuda"
-    precision = wanted or ("bf16" if on_gpu else "fp32")
-    return TeacherPlan(checked.name, str(checked.revision), precision, cache_dir, None)
+        facts = (cached.encoder, cached.revision, cached.precision)
+    else:
+        card = cast(EncoderCard, checked)
+        facts = (card.name, str(card.revision), precision_on(accelerator.device, options))
+    return TeacherPlan(*facts, cache_dir, cached, reference)
 
 
 def open_teacher(
@@ -167,17 +175,51 @@ def open_teacher(
     Raises:
         DistillationError: A stale or damaged cache, or a pair that does not decode.
     """
-    identity, encoder = plan.cached, None
+    reference = None
+    if plan.reference is not None:
+        folder = plan.cache_dir / plan.reference.key
+        reference = TeacherFeatures(folder, corpus, plan.reference)
+    identity = plan.cached
     if identity is None:
         encoder = load_encoder(options.teacher, device=accelerator.device, precision=plan.precision)
         if not options.cache_teacher:
             facts = (encoder.name, encoder.revision, encoder.precision, encoder.licence)
-            return Teacher(*facts, encoder.embed_dim, None, encoder)
-        identity = teacher_identity(encoder, corpus)
+            return Teacher(*facts, encoder.embed_dim, None, encoder, reference)
+        identity = teacher_identity(encoder, corpus, options.teacher_view, options.cache_views)
         _fill_cache(options, corpus, encoder, plan.cache_dir, accelerator, quiet)
     features = TeacherFeatures(plan.cache_dir / identity.key, corpus, identity)
     facts = (identity.encoder, identity.revision, identity.precision, features.licence)
-    return Teacher(*facts, features.teacher_dim, features, None)
+    if options.teacher_view == "20x":
+        reference = features
+    return Teacher(*facts, features.teacher_dim, features, None, reference)
+
+
+def scoring_features(
+    options: DistillOptions, teacher: Teacher, corpus: Corpus, device: torch.device
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What students are scored against: features of the 20x sub-patches, whatever they learnt from.
+
+    Args:
+        options: Teacher and its batch size.
+        teacher: Of the run.
+        corpus: To read.
+        device: For a teacher that has to be loaded again, because only its features of the
+            enlarged 5x view are cached.
+
+    Returns:
+        A function (n,) rows -> (n, 16, d_T).
+    """
+    if teacher.reference is not None:
+        return teacher.reference.rows
+    encoder = teacher.encoder
+    if encoder is None:
+        encoder = load_encoder(options.teacher, device=device, precision=teacher.precision)
+    batch_size = options.teacher_batch_size
+    return live_features(
+        corpus,
+        lambda patches: encode_sub_patches(encoder, patches, batch_size),
+        pairs_per_call=max(1, batch_size // CELLS),
+    )
 
 
 def agree(accelerator: Accelerator, value: Any, what: str, option: str) -> None:
@@ -199,6 +241,67 @@ def agree(accelerator: Accelerator, value: Any, what: str, option: str) -> None:
         )
 
 
+def best_device() -> torch.device:
+    """The accelerator that torch finds, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def precision_on(device: torch.device, options: DistillOptions) -> str:
+    """What the teacher runs in: auto is bf16 on a GPU, else fp32."""
+    if options.teacher_precision != "auto":
+        return options.teacher_precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def _agreed_cache(
+    options: DistillOptions,
+    teacher_view: str,
+    views: int,
+    checked: EncoderCard | EncoderError,
+    corpus: Corpus,
+    accelerator: Accelerator,
+) -> TeacherIdentity | None:
+    """A complete cache of this view that every process sees, if there is one."""
+    cached = complete_cache(options, teacher_view, views, checked, corpus)
+    agree(accelerator, cached and cached.key, "teacher caches", "--cache-dir")
+    return cached
+
+
+def complete_cache(
+    options: DistillOptions,
+    teacher_view: str,
+    views: int,
+    checked: EncoderCard | EncoderError,
+    corpus: Corpus,
+) -> TeacherIdentity | None:
+    """The complete cache that `options` ask for, if it is there.
+
+    Args:
+        options: Teacher, precision, sharing and folder.
+        teacher_view: 20x or 5x.
+        views: Number of dihedral views.
+        checked: From `check_teacher`.
+        corpus: That it must belong to.
+
+    Returns:
+        Its identity, or None.
+
+    Raises:
+        DistillationError: Several fit.
+    """
+    card = checked if isinstance(checked, EncoderCard) else None
+    return find_cache(
+        cache_folder(options, corpus),
+        card.name if card else options.teacher,
+        corpus,
+        precision=None if options.teacher_precision == "auto" else options.teacher_precision,
+        revision=card.revision if card else None,
+        share=options.share_sub_patches,
+        teacher_view=teacher_view,
+        views=views,
+    )
+
+
 def _fill_cache(
     options: DistillOptions,
     corpus: Corpus,
@@ -215,6 +318,8 @@ def _fill_cache(
             encoder,
             cache_dir,
             share=options.share_sub_patches,
+            teacher_view=options.teacher_view,
+            views=options.cache_views,
             batch_size=options.teacher_batch_size,
             num_threads=max(1, options.num_workers),
             rank=accelerator.process_index,
@@ -227,7 +332,8 @@ def _fill_cache(
     accelerator.wait_for_everyone()
 
 
-def _cache_dir(options: DistillOptions, corpus: Corpus) -> Path:
+def cache_folder(options: DistillOptions, corpus: Corpus) -> Path:
+    """Where caches of a corpus lie: as said, else beside a local corpus, else under HF_HOME."""
     if options.cache_dir:
         return Path(options.cache_dir)
     if Path(options.data).is_dir():

@@ -10,32 +10,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import torch
-from PIL import Image
 
 from xmag_hf._version import __version__
-from xmag_hf.distillation.augmentation import GRID, sub_patches
-from xmag_hf.distillation.corpus import REGION_PX, Corpus, iterate_shard
-from xmag_hf.distillation.options import DistillationError
+from xmag_hf.distillation.corpus import Corpus
+from xmag_hf.distillation.options import CACHED_VIEWS, TEACHER_VIEWS, DistillationError
+from xmag_hf.distillation.teacher_encoding import CELLS, ShardDecoder, encode_shard
 
 if TYPE_CHECKING:
     from xmag_hf.encoders import Encoder
 
 FORMAT_VERSION = 1
-CELLS = GRID * GRID
+ALL_VIEWS = "; {} dihedral views"  # ends it where more than one view is kept
+ENLARGED = "; 5x view enlarged by Lanczos"  # ends the normalisation of the 5x control's identity
 MOST_OPEN_FILES = 64  # of thousands of shards, in every loader process
 logger = logging.getLogger(__name__)
 
@@ -48,7 +45,8 @@ class TeacherIdentity:
         encoder: Table name or id of the teacher.
         revision: Of its weights.
         precision: fp32, bf16 or fp16.
-        normalisation: Mean and sd as text.
+        normalisation: Mean and sd as text; then `ENLARGED` where the teacher saw the 5x view, and
+            `ALL_VIEWS` where it saw several dihedral views.
         corpus_fingerprint: Of the paired corpus.
     """
 
@@ -71,79 +69,27 @@ class TeacherIdentity:
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:16]
 
 
-def teacher_identity(teacher: Encoder, corpus: Corpus) -> TeacherIdentity:
-    """Identity of `teacher`'s features on `corpus`."""
+def teacher_identity(
+    teacher: Encoder, corpus: Corpus, teacher_view: str = "20x", views: int = 1
+) -> TeacherIdentity:
+    """Identity of `teacher`'s features on `corpus`.
+
+    Args:
+        teacher: That encodes.
+        corpus: That is encoded.
+        teacher_view: What the teacher sees: 20x or 5x.
+        views: Number of dihedral views kept.
+
+    Returns:
+        The identity; at 20x and one view its key is as old as the format.
+    """
     return TeacherIdentity(
         teacher.name,
         teacher.revision,
         teacher.precision,
-        teacher.normalisation,
+        teacher.normalisation + _seen_as(teacher_view, views),
         corpus.fingerprint,
     )
-
-
-def encode_sub_patches(teacher: Encoder, patches: np.ndarray, batch_size: int) -> np.ndarray:
-    """Run the teacher over 20x sub-patches.
-
-    Args:
-        teacher: Takes uint8 (B, 3, 224, 224).
-        patches: (n, 224, 224, 3) uint8.
-        batch_size: Sub-patches per call.
-
-    Returns:
-        (n, d_T) float32.
-    """
-    device = next(teacher.parameters()).device
-    parts = []
-    for start in range(0, len(patches), batch_size):
-        batch = torch.from_numpy(np.ascontiguousarray(patches[start : start + batch_size]))
-        parts.append(teacher(batch.permute(0, 3, 1, 2).to(device)).float().cpu().numpy())
-    return np.concatenate(parts)
-
-
-def shared_cells(corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the sub-patches that overlapping pairs have in common.
-
-    Pairs of a slide lie on its grid of 224 px at 0.5 um/px when the stride is a multiple of it.
-    Each pair's origin is rounded to a level-0 pixel, so a shared sub-patch differs from the
-    pair's own by less than one level-0 pixel. Where pairs of a slide do not lie on such a grid,
-    nothing of that slide is shared.
-
-    Args:
-        corpus: Whose index is used.
-        rows: (n,) rows of the corpus.
-
-    Returns:
-        `first` (m,): cells to encode, each as 16 * position in `rows` + cell; `inverse` (n, 16):
-        index into `first` of each pair's cells.
-    """
-    index = corpus.index
-    slide, step = index.slide[rows], index.width0[rows] / GRID  # level-0 px of a sub-patch
-    column, row = np.empty(len(rows)), np.empty(len(rows))
-    on_grid = np.zeros(len(rows), dtype=bool)
-    for number in np.unique(slide):
-        mine = slide == number
-        offset_x = index.x[rows][mine] - index.x[rows][mine].min()
-        offset_y = index.y[rows][mine] - index.y[rows][mine].min()
-        column[mine], row[mine] = offset_x / step[mine], offset_y / step[mine]
-        shift_x = np.abs(column[mine] - column[mine].round()) * step[mine]
-        shift_y = np.abs(row[mine] - row[mine].round()) * step[mine]
-        on_grid[mine] = max(shift_x.max(), shift_y.max()) <= 1.0
-    cell = np.arange(CELLS)
-    alone = np.where(on_grid, 0, np.arange(1, len(rows) + 1))[:, None]  # its own key if unshared
-    keys = np.stack(
-        np.broadcast_arrays(
-            slide[:, None],
-            alone,
-            row.round()[:, None] + cell // GRID,
-            column.round()[:, None] + cell % GRID,
-        ),
-        axis=-1,
-    ).astype(np.int64)  # (n, 16, 4)
-    _, first, inverse = np.unique(
-        keys.reshape(-1, 4), axis=0, return_index=True, return_inverse=True
-    )
-    return first, inverse.reshape(len(rows), CELLS)
 
 
 def find_cache(
@@ -154,6 +100,8 @@ def find_cache(
     precision: str | None = None,
     revision: str | None = None,
     share: bool = True,
+    teacher_view: str = "20x",
+    views: int = 1,
 ) -> TeacherIdentity | None:
     """Find a complete cache of `encoder` on `corpus`, without loading the encoder.
 
@@ -165,6 +113,8 @@ def find_cache(
         revision: Of the teacher's weights now; a cache of others is stale and not found. None
             (the Hub cannot be asked) takes any.
         share: Whether shared sub-patches are wanted.
+        teacher_view: What the teacher saw: 20x or 5x.
+        views: Number of dihedral views that it was shown.
 
     Returns:
         Its identity, or None.
@@ -183,6 +133,7 @@ def find_cache(
         )
         same = (identity.encoder, identity.corpus_fingerprint) == (encoder, corpus.fingerprint)
         same = same and precision in (None, identity.precision)
+        same = same and _ending(identity.normalisation) == _seen_as(teacher_view, views)
         if same and revision in (None, identity.revision):
             found.append(identity)
             if attributes.get("sharing") != _sharing(share):
@@ -205,6 +156,8 @@ def build_cache(
     cache_dir: Path,
     *,
     share: bool = True,
+    teacher_view: str = "20x",
+    views: int = 1,
     batch_size: int = 128,
     num_threads: int = 2,
     rank: int = 0,
@@ -217,7 +170,10 @@ def build_cache(
         corpus: To encode.
         teacher: Frozen 20x encoder.
         cache_dir: Holds one folder per key.
-        share: Encode a sub-patch seen by several pairs of a shard once.
+        share: Encode a sub-patch seen by several pairs of a shard once. At the 5x view the cells
+            of two pairs differ in up to twelve enlarged px next to a view's edge.
+        teacher_view: 20x, or 5x for cells of the 5x view enlarged four times.
+        views: Dihedral views to encode, a key of `CACHED_VIEWS`; each costs as much as the first.
         batch_size: Sub-patches per teacher call.
         num_threads: Decode JPEGs ahead of the teacher.
         rank: This process does shards `rank::world`.
@@ -231,7 +187,7 @@ def build_cache(
         DistillationError: An image that does not decode (shard and row are named), or features
             that are not finite.
     """
-    identity = teacher_identity(teacher, corpus)
+    identity = teacher_identity(teacher, corpus, teacher_view, views)
     partial = cache_dir / f"{identity.key}.partial"
     reopen_cache(cache_dir, identity)
     partial.mkdir(parents=True, exist_ok=True)
@@ -240,11 +196,21 @@ def build_cache(
         path = partial / shard_name(number, len(corpus.shards))
         rows = np.arange(starts[number], starts[number + 1])
         if not _done_with(path, share):
-            features = _encode_shard(corpus, number, rows, teacher, share, batch_size, num_threads)
+            shard = corpus.shards[number]
+            decoder = ShardDecoder(shard, teacher_view, CACHED_VIEWS[views], num_threads)
+            features = encode_shard(
+                corpus, rows, teacher, decoder, share=share, batch_size=batch_size
+            )
             attributes = {"sharing": _sharing(share), "licence": teacher.licence}
             write_features(path, features, corpus, rows, identity, attributes)
         advance(len(rows))
     return partial
+
+
+def missing_shards(partial: Path, corpus: Corpus, share: bool) -> list[int]:
+    """Numbers of the shards that an unfinished cache still lacks."""
+    count = len(corpus.shards)
+    return [n for n in range(count) if not _done_with(partial / shard_name(n, count), share)]
 
 
 def reopen_cache(cache_dir: Path, identity: TeacherIdentity) -> None:
@@ -256,7 +222,7 @@ def reopen_cache(cache_dir: Path, identity: TeacherIdentity) -> None:
 
 
 def finish_cache(partial: Path) -> Path:
-    """Give a complete cache its final name; called by one process.
+    """Give a complete cache its final name; of two processes that end together one does it.
 
     Args:
         partial: From `build_cache`.
@@ -265,7 +231,11 @@ def finish_cache(partial: Path) -> Path:
         The folder of the cache.
     """
     final = partial.with_name(partial.name.removesuffix(".partial"))
-    os.rename(partial, final)
+    try:
+        os.rename(partial, final)
+    except FileNotFoundError:
+        if not final.is_dir():
+            raise
     return final
 
 
@@ -286,7 +256,8 @@ def write_features(
 
     Args:
         path: Final name.
-        features: (n, 16, d_T) float16.
+        features: (n, n_views, 16, d_T) float16; `features` of the file is the first view, `views`
+            (n, n_views - 1, 16, d_T) the others, if there are any.
         corpus: Gives slide_id, x, y of each row.
         rows: (n,) rows of the corpus.
         identity: Stored as attributes and checked on opening.
@@ -297,7 +268,10 @@ def write_features(
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     index = corpus.index
     with h5py.File(temporary, "w") as file:
-        file.create_dataset("features", data=features, chunks=(1, *features.shape[1:]))
+        chunk = (1, *features.shape[2:])
+        file.create_dataset("features", data=features[:, 0], chunks=chunk)
+        if features.shape[1] > 1:
+            file.create_dataset("views", data=features[:, 1:], chunks=(1, *chunk))
         names = index.slide_names[index.slide[rows]]
         file.create_dataset("slide_id", data=names.astype(object), dtype=h5py.string_dtype())
         file.create_dataset("x", data=index.x[rows])
@@ -337,17 +311,25 @@ class TeacherFeatures:
         if len(dims) != 1:
             raise DistillationError(f"{folder}: shards differ in feature width: {sorted(dims)}.")
         self.teacher_dim: int = dims.pop()
+        self.views = CACHED_VIEWS[_kept_views(identity)]  # dihedral views, 0 to 7, that are kept
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """(16, d_T) float16 of one pair."""
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        if number not in self._files:
+        """(16, d_T) float16 of one pair as it lies in the corpus."""
+        return self.view(row, 0)
+
+    def view(self, row: int, number: int) -> np.ndarray:
+        """(16, d_T) float16 of one pair in its dihedral view `self.views[number]`."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        if shard not in self._files:
             # Rows are read once an epoch, in random order: HDF5's own cache would only fill memory.
-            self._files[number] = h5py.File(self.paths[number], "r", rdcc_nbytes=0)
+            self._files[shard] = h5py.File(self.paths[shard], "r", rdcc_nbytes=0)
             if len(self._files) > MOST_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-        self._files.move_to_end(number)
-        return self._files[number]["features"][row - self.starts[number]]  # type: ignore[index]
+        self._files.move_to_end(shard)
+        file, row = self._files[shard], row - self.starts[shard]
+        if number == 0:
+            return file["features"][row]  # type: ignore[index]
+        return file["views"][row, number - 1]  # type: ignore[index]
 
     @property
     def licence(self) -> str:
@@ -361,6 +343,24 @@ class TeacherFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": OrderedDict()}  # an open HDF5 file must not cross a fork
+
+
+def _seen_as(teacher_view: str, views: int) -> str:
+    """What the identity adds: nothing at 20x and one view, so that older caches keep their key."""
+    seen = {"20x": "", "5x": ENLARGED}[teacher_view]
+    return seen + (ALL_VIEWS.format(views) if views > 1 else "")
+
+
+# What `_seen_as` may have added -> number of views.
+_ENDINGS = {_seen_as(view, n): n for view in TEACHER_VIEWS for n in CACHED_VIEWS}
+
+
+def _ending(normalisation: str) -> str:
+    return max(filter(normalisation.endswith, _ENDINGS), key=len)
+
+
+def _kept_views(identity: TeacherIdentity) -> int:
+    return _ENDINGS[_ending(identity.normalisation)]
 
 
 def _sharing(share: bool) -> str:
@@ -409,106 +409,15 @@ def _check_file(path: Path, number: int, corpus: Corpus, identity: TeacherIdenti
             and np.array_equal(file["y"][:], index.y[rows])  # type: ignore[index]
         )
         shape = file["features"].shape  # type: ignore[union-attr]
+        more = _kept_views(identity) - 1
+        found_more = file["views"].shape[1] if "views" in file else 0  # type: ignore[union-attr]
+        if found_more != more:
+            raise DistillationError(
+                f"{path}: {found_more + 1} dihedral views, expected {more + 1}. {remedy}"
+            )
         if not same or shape[:2] != (len(rows), CELLS):
             raise DistillationError(
                 f"{path}: its {shape[0]} rows are not the {len(rows)} pairs of "
                 f"{corpus.shards[number]}. {remedy}"
             )
         return int(shape[2])
-
-
-def _encode_shard(
-    corpus: Corpus,
-    number: int,
-    rows: np.ndarray,
-    teacher: Encoder,
-    share: bool,
-    batch_size: int,
-    num_threads: int,
-) -> np.ndarray:
-    """(n, 16, d_T) float16 of one shard."""
-    if share:
-        first, inverse = shared_cells(corpus, rows)
-    else:
-        first = np.arange(len(rows) * CELLS)
-        inverse = first.reshape(len(rows), CELLS)
-    wanted: dict[int, np.ndarray] = {}
-    order = np.argsort(first, kind="stable")  # file order
-    for flat in np.split(first[order], np.flatnonzero(np.diff(first[order] // CELLS)) + 1):
-        if len(flat):
-            wanted[int(flat[0]) // CELLS] = flat % CELLS
-    encoded = np.empty((len(first), teacher.embed_dim), dtype=np.float16)
-    done, queue = 0, []
-    for patches in _decoded(corpus.shards[number], wanted, num_threads):
-        queue.append(patches)
-        if sum(map(len, queue)) >= batch_size:
-            done = _encode_queue(teacher, queue, batch_size, encoded, order, done)
-            queue = []
-    if queue:
-        done = _encode_queue(teacher, queue, batch_size, encoded, order, done)
-    if not np.isfinite(encoded).all():
-        raise DistillationError(
-            f"{corpus.shards[number]}: {teacher.name} at {teacher.precision} gives features that "
-            "are not finite as float16. Try --teacher_precision fp32."
-        )
-    return encoded[inverse]
-
-
-def _encode_queue(
-    teacher: Encoder,
-    queue: list[np.ndarray],
-    batch_size: int,
-    encoded: np.ndarray,
-    order: np.ndarray,
-    done: int,
-) -> int:
-    patches = np.concatenate(queue)
-    with np.errstate(over="ignore"):  # too large for float16 becomes inf, which is refused above
-        features = encode_sub_patches(teacher, patches, batch_size).astype(np.float16)
-    encoded[order[done : done + len(patches)]] = features
-    return done + len(patches)
-
-
-def _decoded(shard: str, wanted: dict[int, np.ndarray], num_threads: int) -> Iterator[np.ndarray]:
-    """Yield the wanted sub-patches of each row, decoded a few rows ahead."""
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        ahead: list[Future[np.ndarray]] = []
-        for row, values in iterate_shard(shard, ["image_20x"]):
-            if row in wanted:
-                data = values["image_20x"]["bytes"]
-                ahead.append(pool.submit(_decode_cells, shard, row, data, wanted[row]))
-            if len(ahead) > 2 * num_threads:
-                yield ahead.pop(0).result()
-        for future in ahead:
-            yield future.result()
-
-
-def _decode_cells(shard: str, row: int, data: bytes, cells: np.ndarray) -> np.ndarray:
-    return sub_patches(decode_image(data, REGION_PX, f"{shard} row {row} image_20x"))[cells]
-
-
-def decode_image(data: bytes, side_px: int, where: str) -> np.ndarray:
-    """Decode one stored image.
-
-    Args:
-        data: JPEG or PNG.
-        side_px: Width and height that it must have.
-        where: Shard, row and column, for the error.
-
-    Returns:
-        (side_px, side_px, 3) uint8.
-
-    Raises:
-        DistillationError: It does not decode or has another size.
-    """
-    try:
-        image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, TypeError) as error:
-        raise DistillationError(
-            f"{where}: does not decode ({error}). Build that shard again."
-        ) from error
-    if image.shape != (side_px, side_px, 3):
-        raise DistillationError(
-            f"{where}: {image.shape[1]} x {image.shape[0]} px, expected {side_px} x {side_px}."
-        )
-    return image

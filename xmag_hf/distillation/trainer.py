@@ -12,13 +12,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -28,10 +27,10 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from xmag_hf.distillation import checkpoints
-from xmag_hf.distillation.augmentation import color_jitter
 from xmag_hf.distillation.corpus import Corpus, Split, open_corpus, split_pairs
+from xmag_hf.distillation.distiller import Distiller, prepare_batch
 from xmag_hf.distillation.ema import ExponentialMovingAverage
-from xmag_hf.distillation.loss import DistillationLoss, mean_pairwise_cosine
+from xmag_hf.distillation.loss import DistillationLoss
 from xmag_hf.distillation.options import DistillationError, DistillOptions
 from xmag_hf.distillation.pairs import (
     Batch,
@@ -40,16 +39,18 @@ from xmag_hf.distillation.pairs import (
     batches,
     micro_batches_per_epoch,
 )
-from xmag_hf.distillation.scoring import PixelStatistics, live_features, score_students
+from xmag_hf.distillation.scoring import PixelStatistics, score_students
+from xmag_hf.distillation.targets import TargetMap, fit_target_map
 from xmag_hf.distillation.teacher import (
     Teacher,
     agree,
+    best_device,
     check_teacher,
     open_teacher,
     plan_teacher,
     progress_bar,
+    scoring_features,
 )
-from xmag_hf.distillation.teacher_cache import CELLS, encode_sub_patches
 from xmag_hf.modeling import XMAGImageProcessor
 from xmag_hf.modeling.convert import build_student, image_processor_for
 
@@ -88,31 +89,6 @@ class DistillResult:
     seconds: float
     last_metrics: dict[str, Any]
     run: dict[str, Any]
-
-
-class Distiller(nn.Module):
-    """Student and loss heads in one module, so that DDP sees every trained parameter."""
-
-    def __init__(self, student: PreTrainedModel, loss: DistillationLoss) -> None:
-        super().__init__()
-        self.student = student
-        self.loss = loss
-
-    def forward(self, pixel_values: Tensor, teacher_features: Tensor) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
-
-        Args:
-            pixel_values: (B, 3, 224, 224), normalised 5x views.
-            teacher_features: (B, 16, d_T).
-
-        Returns:
-            `loss`, `loss_global`, `loss_local`, and `student_cosine`, the mean pairwise cosine of
-            the batch's class tokens (1 = collapsed).
-        """
-        output = self.student(pixel_values=pixel_values)
-        spatial = self.student.spatial_features(output.last_hidden_state)  # type: ignore[operator]
-        parts = self.loss(output.pooler_output, spatial, teacher_features)
-        return parts | {"student_cosine": mean_pairwise_cosine(output.pooler_output.detach())}
 
 
 @dataclass
@@ -202,6 +178,9 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
 def score_result(result: DistillResult) -> list[dict[str, Any]]:
     """Alignment of start, student and constant on the held-out parts; for one process.
 
+    Always against the teacher on 20x sub-patches, also after --teacher-view 5x, so that such a
+    control and the student beside it are measured with one ruler.
+
     Args:
         result: Of `distill`.
 
@@ -215,19 +194,8 @@ def score_result(result: DistillResult) -> list[dict[str, Any]]:
     if not result.split.held_out:
         return []
     options, teacher = result.options, result.teacher
-    encoder = teacher.encoder
-    device = encoder.device if encoder is not None else best_device()
-    teacher_features: Callable[[np.ndarray], np.ndarray]
-    if teacher.features is not None:
-        teacher_features = teacher.features.rows
-    elif encoder is not None:
-        teacher_features = live_features(
-            result.corpus,
-            lambda patches: encode_sub_patches(encoder, patches, options.teacher_batch_size),
-            pairs_per_call=max(1, options.teacher_batch_size // CELLS),
-        )
-    else:
-        raise RuntimeError("neither cached features nor a live teacher")
+    device = teacher.encoder.device if teacher.encoder is not None else best_device()
+    teacher_features = scoring_features(options, teacher, result.corpus, device)
     students = {"start": result.start, "distilled": result.student}
     for student in students.values():
         student.to(device)  # type: ignore[arg-type]
@@ -271,11 +239,6 @@ def _accelerator(options: DistillOptions) -> Accelerator:
     return accelerator
 
 
-def best_device() -> torch.device:
-    """The accelerator that torch finds, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def _warmup_steps(options: DistillOptions, total_steps: int) -> int:
     """Warm-up as steps; a warm-up as long as the run would never let the rate fall."""
     steps = math.ceil(options.warmup_ratio * total_steps)
@@ -300,6 +263,8 @@ def _prepare(
 ) -> _Run:
     """Build optimiser, schedule and average, and place them on the device."""
     student.config.teacher = teacher.name
+    if options.teacher_view != "20x":
+        student.config.teacher += f" on {options.teacher_view} views enlarged, no 20x detail"
     student.config.teacher_dim = teacher.embed_dim
     student.config.corpus_fingerprint = corpus.fingerprint
     # Channels last: a third off a step of the convolutional student on a CPU, nothing on a ViT.
@@ -313,8 +278,10 @@ def _prepare(
         teacher.embed_dim,
         global_weight=options.global_weight,
         local_weight=options.local_weight,
+        relational_weight=options.relational_weight,
+        target_map=_target_map(options, teacher, split),
     )
-    distiller: nn.Module = Distiller(student, loss)
+    distiller: nn.Module = Distiller(student, loss, masks_tokens=options.token_mask_ratio > 0)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         # timm's, because torch's own would drop the activations inside timm's BatchNorms.
         distiller = convert_sync_batchnorm(distiller)  # type: ignore[assignment]
@@ -345,6 +312,12 @@ def _prepare(
     )
 
 
+def _target_map(options: DistillOptions, teacher: Teacher, split: Split) -> TargetMap | None:
+    if teacher.features is None:
+        return None  # the options have refused anything but plain targets
+    return fit_target_map(teacher.features, split.train, options.target_centering, options.seed)
+
+
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices and kernels only, not on biases, norms and layer scales."""
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -364,7 +337,7 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
     metrics = None
     if accelerator.is_main_process:
         metrics = checkpoints.Metrics(Path(options.output_dir) / "metrics.jsonl", done)
-    reader = PairReader(run.teacher.features, options.dihedral, options.color_jitter, options.seed)
+    reader = PairReader.of(options, run.teacher.features)
     loader = batches(
         run.corpus,
         run.split.train,
@@ -433,8 +406,10 @@ def _step(
         window.waited += time.perf_counter() - waiting
         batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
         with accelerator.accumulate(run.distiller):
-            pixel_values, targets = _inputs(run, batch)
-            parts = run.distiller(pixel_values, targets)
+            pixel_values, targets = prepare_batch(
+                batch, run.pixels, run.teacher.encoder, options.teacher_batch_size
+            )
+            parts = run.distiller(pixel_values, targets, batch.get("mask"))
             _refuse_non_finite(run, parts["loss"], batch["row"])
             accelerator.backward(parts["loss"])
             if accelerator.sync_gradients:
@@ -461,27 +436,6 @@ def _next(loader: Iterator[Batch]) -> Batch:
     except DistillationError as error:
         text = str(error).strip().splitlines()[-1].split("DistillationError: ")[-1]
         raise DistillationError(text) from error
-
-
-def _inputs(run: _Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Student pixels (B, 3, 224, 224) and teacher features (B, 16, d_T) of a batch."""
-    jitter = batch.get("jitter")
-    pixels = batch["image_5x"].float() / 255
-    if jitter is not None:
-        pixels = color_jitter(pixels, jitter)
-    pixels = run.pixels.normalise(pixels).contiguous(memory_format=torch.channels_last)
-    if "features" in batch:
-        return pixels, batch["features"].float()
-    encoder = run.teacher.encoder
-    if encoder is None:
-        raise RuntimeError("no features in the batch and no live teacher")
-    patches = batch["sub_patches"]  # (B, 16, 3, 224, 224) uint8
-    if jitter is not None:
-        patches = color_jitter(patches.float() / 255, jitter)
-    chunks = patches.flatten(0, 1).split(run.options.teacher_batch_size)
-    with torch.no_grad():
-        features = torch.cat([encoder(chunk) for chunk in chunks])
-    return pixels, features.float().unflatten(0, patches.shape[:2])
 
 
 def _refuse_non_finite(run: _Run, loss: Tensor, rows: Tensor) -> None:

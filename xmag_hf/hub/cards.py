@@ -71,6 +71,7 @@ class CardFacts:
         seeds: Of the run.
         date: ISO date.
         repo_id: What `from_pretrained` is given: the folder, or `<org>/<name>`.
+        teacher_view: `20x`, or `5x` where the teacher saw the 5x view enlarged.
     """
 
     model_type: str
@@ -98,6 +99,7 @@ class CardFacts:
     seeds: Sequence[int]
     date: str
     repo_id: str
+    teacher_view: str = "20x"
 
 
 def render_card(facts: CardFacts) -> str:
@@ -133,7 +135,7 @@ def render_card(facts: CardFacts) -> str:
         mpp=_number(facts.mpp),
         patch_px=facts.patch_px,
         embed_dim=facts.embed_dim,
-        teacher=f"`{facts.teacher}`",
+        distilled_from=_distilled_from(facts),
         teacher_citation=f"{facts.teacher} ({facts.teacher_source})",
         versions=facts.versions,
         repo_id=facts.repo_id,
@@ -179,6 +181,16 @@ def render_start_card(source: str, model_type: str, parameters: int) -> str:
 
 def _template() -> str:
     return (resources.files("xmag_hf.hub") / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def _distilled_from(facts: CardFacts) -> str:
+    """What the student saw the teacher do; a control must not claim 20x detail."""
+    if facts.teacher_view == "20x":
+        return f"the 20x\nencoder `{facts.teacher}`"
+    return (
+        f"`{facts.teacher}`\nlooking at the same {facts.teacher_view} pixels enlarged four times: "
+        "a control, whose\ntargets held no 20x detail"
+    )
 
 
 def _data(facts: CardFacts) -> dict[str, Any]:

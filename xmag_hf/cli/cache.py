@@ -1,0 +1,72 @@
+"""Compute the teacher features of a paired corpus once, so that training needs no teacher.
+
+Start it on several machines or GPUs at once with --rank 0, 1, ... and the same --world: each does
+its share of the shards, and the last to end completes the cache. Stop and start it at any moment;
+`xmag distill --cache-teacher` with the same options then finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.distillation.options import DistillOptions
+
+if TYPE_CHECKING:
+    from xmag_hf.distillation.cache_run import CacheReport
+
+EXAMPLE = "xmag cache --data corpus --teacher uni2-h --rank 0 --world 2"
+USED = {
+    *("data", "teacher", "teacher_view", "cache_dir", "cache_views", "share_sub_patches"),
+    *("teacher_precision", "teacher_batch_size", "num_workers", "streaming"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of `DistillOptions` that a cache depends on, and the share of this process."""
+    names = [field.name for field in dataclasses.fields(DistillOptions)]
+    add_options(parser, DistillOptions, skip=tuple(name for name in names if name not in USED))
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="share of this process")
+    parser.add_argument("--world", type=int, default=1, metavar="N", help="number of processes")
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Fill the cache and say what it costs."""
+    from rich.progress import Progress
+
+    from xmag_hf.distillation.cache_run import fill_cache
+    from xmag_hf.distillation.teacher import best_device
+
+    options = read_options(DistillOptions, args, cache_teacher=True)
+    with Progress(disable=args.quiet) as bar:
+        task = bar.add_task("pairs", total=None)
+        report = fill_cache(
+            options,
+            best_device(),
+            rank=args.rank,
+            world=args.world,
+            advance=lambda pairs: bar.advance(task, pairs),
+        )
+    _print_report(report)
+    return 0
+
+
+def _print_report(report: CacheReport) -> None:
+    if report.missing:
+        print(f"{report.folder}: {report.missing} shards are left to other processes.")
+    else:
+        print(f"{report.folder} is complete.")
+    if not report.pairs:
+        print("Nothing was left to do for this process.")
+        return
+    hours = 1e6 * report.seconds / report.pairs / 3600
+    gigabytes = 1e6 * report.bytes_per_pair / 1e9
+    print(
+        f"{report.pairs} pairs in {report.seconds:.1f} s, {report.bytes_per_pair:.0f} bytes each."
+    )
+    print(
+        f"Extrapolated from these {report.pairs}: a million pairs would take {hours:.1f} hours in "
+        f"one such process, and {gigabytes:.1f} GB."
+    )
