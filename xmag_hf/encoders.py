@@ -1,8 +1,9 @@
 """Teachers: a table of 20x encoders as data, and one loader for all of them.
 
-`load_encoder` takes a name of `ENCODERS`, `timm:NAME`, `hf:ORG/NAME` or a local folder, and returns
-an `Encoder`: images in, embeddings out, its own normalisation inside. Imports `xmag_hf.modeling`
-only; timm and transformers are imported when something is built.
+`load_encoder` takes a name of `ENCODERS`, `timm:NAME`, `hf:ORG/NAME`, a local folder, or a student
+before its distillation (`random:SIZE`, `start:SIZE`), and returns an `Encoder`: images in,
+embeddings out, its own normalisation inside. Imports `xmag_hf.modeling` only; timm and transformers
+are imported when something is built.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from xmag_hf.encoder_files import (
     check_hub,
     check_package,
     hub_card,
+    identity,
+    student_card,
+    tensors_digest,
     timm_card,
 )
 
@@ -38,6 +43,7 @@ __all__ = [
     "build_architecture",
     "check_encoder",
     "load_encoder",
+    "student_size",
 ]
 
 logger = logging.getLogger(__name__)
@@ -50,7 +56,10 @@ H_OPTIMUS_STD: Triple = (0.211883, 0.230117, 0.177517)
 HIBOU_MEAN: Triple = (0.7068, 0.5755, 0.722)
 HIBOU_STD: Triple = (0.195, 0.2316, 0.1816)
 
+GRID = 4  # cells a side of a 5x patch
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Where `start:SIZE` takes its weights: build_student's init -> row of the table.
+START_WEIGHTS = {"dinov2": "dinov2-{size}", "imagenet": "efficientnet-lite0"}
 # ViT's pooler is a tanh layer that encoders leave untrained.
 MODEL_KWARGS = {"vit": {"add_pooling_layer": False}}
 
@@ -197,7 +206,9 @@ class Encoder(nn.Module):
         _check_precision(precision)
         if card.mean is None or card.std is None:
             raise EncoderError(f"{card.name}: no mean and std; fill them from the model's config.")
-        self.model = model.eval().requires_grad_(False)
+        # Channels last: a convolutional encoder takes two thirds of the time on a CPU.
+        model = model.eval().requires_grad_(False)
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.card = card
         self.precision = precision
         self.name, self.input_px = card.name, card.input_px
@@ -240,6 +251,32 @@ class Encoder(nn.Module):
             EncoderError: Another shape, type or range; the expected one is named. Nothing is
                 resized here: patches are cut to `input_px` by whoever knows their scale.
         """
+        return self._run(images, self._embed)
+
+    @torch.no_grad()
+    def spatial_features(self, images: Tensor) -> Tensor:
+        """Sixteen local features of each image, aligned with a 4 x 4 grid, row-major.
+
+        XMAG's own; for other encoders the same pooling of their last map or patch tokens.
+
+        Args:
+            images: As `forward` takes them.
+
+        Returns:
+            (B, 16, D) float32.
+
+        Raises:
+            EncoderError: As `forward`; or its last layer is no square map of tokens.
+        """
+        try:
+            return self._run(images, self._embed_cells)
+        except ValueError as error:
+            if isinstance(error, EncoderError):
+                raise
+            raise EncoderError(f"{self.name}: {error}") from error
+
+    def _run(self, images: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Check, normalise and embed images at the encoder's precision."""
         expected = (3, self.input_px, self.input_px)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
             raise EncoderError(
@@ -251,7 +288,7 @@ class Encoder(nn.Module):
         if PRECISIONS[self.precision] is not None:
             autocast = torch.autocast(device_type, dtype=PRECISIONS[self.precision])
         with autocast:
-            embeddings = self._embed(
+            embeddings = embed(
                 (self._unit(images) - self.get_buffer("_mean")) / self.get_buffer("_std")
             )
         return embeddings.float()
@@ -280,6 +317,19 @@ class Encoder(nn.Module):
         tokens = output.last_hidden_state  # (B, prefix + patches, D)
         return _cls_and_mean(tokens, self._prefix()) if self._both() else tokens[:, 0]
 
+    def _embed_cells(self, pixel_values: Tensor) -> Tensor:
+        from xmag_hf.modeling.modeling_xmag import pool_to_grid
+
+        if self.card.builder in ("timm", "pypi"):
+            output = self.model.forward_features(pixel_values)  # type: ignore[operator]
+            if output.ndim == 4:  # (B, C, H, W)
+                return pool_to_grid(output.flatten(2).transpose(1, 2), GRID)
+            return pool_to_grid(output[:, self._prefix() :], GRID)
+        tokens = self.model(pixel_values=pixel_values).last_hidden_state
+        if hasattr(self.model, "spatial_features"):
+            return self.model.spatial_features(tokens)  # type: ignore[operator]
+        return pool_to_grid(tokens[:, self._prefix() :], GRID)
+
     def _both(self) -> bool:
         return self.card.pooling == "cls+mean"
 
@@ -306,8 +356,10 @@ def load_encoder(
 
     Args:
         name: A name of `ENCODERS`, `timm:NAME` (a timm model with weights on the Hub),
-            `hf:ORG/NAME` (a timm or transformers repository), or a local folder (transformers,
-            XMAG, or timm with config.json). A name of the table wins over a folder of that name.
+            `hf:ORG/NAME` (a timm or transformers repository), `random:SIZE[:SEED]` (an XMAG with
+            random weights), `start:SIZE` (with those its distillation starts from), or a local
+            folder (transformers, XMAG, or timm with config.json). A name of the table wins over a
+            folder of that name.
         device: Where it runs.
         precision: `fp32`, `bf16` or `fp16` (autocast).
         revision: Branch, tag or commit on the Hub; default the table's, else main.
@@ -325,6 +377,8 @@ def load_encoder(
         model = _load_model(card)
     except (OSError, RuntimeError, ValueError, KeyError, NETWORK_ERROR) as error:
         raise EncoderError(f"{name}: {card.repository} could not be loaded: {error}") from error
+    if card.builder == "student":  # computed, so only the tensors say which model it is
+        card = dataclasses.replace(card, revision=tensors_digest(model.state_dict()))
     params_m = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     card = _fill_normalisation(card, model)
     encoder = Encoder(model, card, precision=precision).to(device)
@@ -338,6 +392,14 @@ def load_encoder(
     encoder.card = dataclasses.replace(card, embed_dim=shape[1], params_m=round(params_m, 2))
     encoder.embed_dim = shape[1]
     return encoder
+
+
+def student_size(encoder: Encoder) -> str | None:
+    """Base, small, tiny or lite, if it is an XMAG of that size; None for everything else."""
+    config = getattr(encoder.model, "config", None)
+    name = identity(config.to_dict()) if hasattr(config, "to_dict") else ""  # type: ignore[union-attr]
+    kind, _, size = name.partition("/")
+    return size if kind in ("xmag", "xmag_lite") and not size.isdecimal() else None
 
 
 def check_encoder(name: str, *, revision: str | None = None) -> EncoderCard:
@@ -362,9 +424,20 @@ def check_encoder(name: str, *, revision: str | None = None) -> EncoderCard:
         return check_hub(timm_card(name, revision))
     if name.startswith("hf:"):
         return check_hub(hub_card(name, revision))
+    if name.startswith(("random:", "start:")):
+        return _check_student(name, revision)
     if Path(name).is_dir():
         return check_folder(name, revision)
     raise EncoderError(_unknown(name))
+
+
+def _check_student(name: str, revision: str | None) -> EncoderCard:
+    """Facts of `random:SIZE[:SEED]` or `start:SIZE`, once its weights are known to be had."""
+    card = student_card(name, revision)
+    source = START_WEIGHTS.get(card.build["init"])
+    if source is None:
+        return card
+    return dataclasses.replace(card, licence=check_encoder(source.format(**card.build)).licence)
 
 
 def build_architecture(card: EncoderCard, device: str | torch.device = "meta") -> Encoder:
@@ -427,6 +500,8 @@ def _load_model(card: EncoderCard) -> nn.Module:
     local = (card.revision or "").startswith("sha256:")
     if card.builder == "pypi":
         return _load_packaged(card)
+    if card.builder == "student":
+        return _build_student(card)
     if card.builder == "timm":
         import timm
 
@@ -442,6 +517,15 @@ def _load_model(card: EncoderCard) -> nn.Module:
     kwargs = MODEL_KWARGS.get(config.model_type, {})
     # Stored half precision would otherwise become the dtype of the weights.
     return AutoModel.from_pretrained(card.repository, dtype=torch.float32, **where, **kwargs)
+
+
+def _build_student(card: EncoderCard) -> nn.Module:
+    """A student before its distillation, the same for the same name on every machine."""
+    from xmag_hf.modeling.convert import build_student
+
+    with torch.random.fork_rng(devices=[]):  # the caller's own draws stay as they are
+        torch.manual_seed(card.build["seed"])
+        return build_student(card.build["size"], card.build["init"])
 
 
 def _load_packaged(card: EncoderCard) -> nn.Module:
@@ -480,5 +564,5 @@ def _unknown(name: str) -> str:
         hint += f" If it is on the Hub: hf:{name}."
     return (
         f"{name!r}: no such encoder and no such folder.{hint} Known: {', '.join(ENCODERS)}; or "
-        "timm:NAME, hf:ORG/NAME, a local folder."
+        "timm:NAME, hf:ORG/NAME, random:SIZE, start:SIZE, a local folder."
     )

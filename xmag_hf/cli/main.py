@@ -18,6 +18,8 @@ VERBS = {
     "cache": ("xmag_hf.cli.cache", "corpus + 20x teacher -> teacher features, kept on disk"),
     "distill": ("xmag_hf.cli.distill", "corpus + 20x teacher -> 5x student folder"),
     "spider": ("xmag_hf.cli.spider", "SPIDER's patches -> 20x/5x data set for probes (Parquet)"),
+    "probe": ("xmag_hf.cli.probe", "frozen embeddings -> linear, kNN, few-shot and count probes"),
+    "project": ("xmag_hf.cli.project", "t-SNE pictures of embeddings, and confusion matrices"),
     "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),
 }
 

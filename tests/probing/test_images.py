@@ -1,0 +1,184 @@
+"""Labelled images from CSV, folders and data sets; what is refused says why."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xmag_hf.probing.errors import ProbeError
+from xmag_hf.probing.images import open_images
+from xmag_hf.probing.options import ProbeOptions
+
+
+def _picture(value: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
+    return Image.new("RGB", size, (value, 0, 255 - value))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images and labels.csv."""
+    (tmp_path / "images").mkdir()
+    for number in (1, 2, 10):
+        _picture(number).save(tmp_path / "images" / f"img{number}.png")
+    lines = ["file,label,patient_id,mpp"]
+    lines += ["images/img10.png,b,7,0.5", "images/img1.png,a,8,0.5", "images/img2.png,b,7,0.25"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def _options(folder: Path, **given) -> ProbeOptions:
+    return ProbeOptions(**({"data": str(folder), "labels_csv": str(folder / "labels.csv")} | given))
+
+
+def test_csv_keeps_its_order_and_columns(folder):
+    images = open_images(_options(folder))
+    split = images.splits["all"]
+    assert images.classes == ("a", "b")
+    assert split.ids.tolist() == ["img10", "img1", "img2"]
+    assert split.labels is not None and split.labels.tolist() == [1, 0, 1]
+    assert split.groups is not None and split.groups.tolist() == ["7", "8", "7"]
+    assert split.mpp.tolist() == [0.5, 0.5, 0.25]
+    assert split.image(0).getpixel((0, 0)) == (10, 0, 245)
+    assert split.size(0) == (6, 4)
+
+
+def test_data_mpp_wins_and_groups_can_be_turned_off(folder):
+    split = open_images(_options(folder, data_mpp=1.0, group_column="-")).splits["all"]
+    assert split.mpp.tolist() == [1.0, 1.0, 1.0] and split.groups is None
+
+
+def test_fingerprint_follows_pixels_and_scale_not_labels(folder):
+    def fingerprint(**given):
+        return open_images(_options(folder, **given)).fingerprint
+
+    before = fingerprint()
+    assert fingerprint(data_mpp=0.4) != before
+    text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(text.replace("img1.png,a", "img1.png,c"))
+    assert fingerprint() == before
+    _picture(99).save(folder / "images" / "img2.png")
+    assert fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("file,", "path,", "need a header with one of file"),
+        ("images/img2.png", "images/img3.png", r"1 of 3 files are not there: .*img3.png"),
+        (",b,7,0.25", ",b,7", "line 4: not 4 values"),
+        (",b,7,0.25", ",,7,0.25", r"1 of 3 images of split 'all' have no label \(first: row 2\)"),
+        (",a,8", ",b,8", "need two classes"),
+        ("0.25", "fine", "mpp is 'fine' in row 2"),
+        ("0.25", "-1", "mpp is '-1' in row 2"),
+        (",mpp", ",scale", "um/px of its images is not known. Give --data-mpp"),
+        (",label,", ",diagnosis,", "no column 'label'.*diagnosis.*--label-column"),
+        ("b,7,0.25", "b,,0.25", "1 images of split 'all' have no patient_id"),
+    ],
+)
+def test_bad_csv_is_refused_by_name(folder, old, new, words):
+    text = (folder / "labels.csv").read_text()
+    assert old in text
+    (folder / "labels.csv").write_text(text.replace(old, new))
+    with pytest.raises(ProbeError, match=words):
+        open_images(_options(folder))
+
+
+def test_doubled_ids_are_refused(folder):
+    with pytest.raises(ProbeError, match="--id-column patient_id holds 7 more than once"):
+        open_images(_options(folder, id_column="patient_id"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_damaged_image_is_named(folder, damage):
+    path = folder / "images" / "img1.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:900] if damage == "cut" else b"no image at all")
+    split = open_images(_options(folder)).splits["all"]
+    with pytest.raises(ProbeError, match=r"image 'img1' \(row 1\) does not decode"):
+        split.image(1)
+
+
+def test_folder_without_labels_is_in_natural_order(folder):
+    """For counts; img10 after img2, as the folds of published numbers expect."""
+    options = ProbeOptions(data=str(folder / "images"), nuclei_csv="nuclei.csv", data_mpp=0.5)
+    images = open_images(options)
+    assert images.splits["all"].ids.tolist() == ["img1", "img2", "img10"]
+    assert images.classes == () and images.splits["all"].labels is None
+
+
+def _bytes(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.fixture
+def two_scales(tmp_path: Path) -> Path:
+    """Parquet with image_20x and image_5x, splits train and test, as `xmag spider` writes."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "image_20x": datasets.Image(),
+            "image_5x": datasets.Image(),
+            "label": datasets.ClassLabel(names=["fat", "muscle"]),
+            "slide_id": datasets.Value("string"),
+        }
+    )
+    (tmp_path / "data").mkdir()
+    for split, start in (("train", 0), ("test", 10)):
+        rows = {
+            "image_20x": [_bytes(_picture(start + i)) for i in range(3)],
+            "image_5x": [_bytes(_picture(100 + start + i)) for i in range(3)],
+            "label": [1, 0, 1],
+            "slide_id": ["s1", "s1", "s2"],
+        }
+        data = datasets.Dataset.from_dict(rows, features=features)
+        data.to_parquet(str(tmp_path / "data" / f"{split}-00000-of-00001.parquet"))
+    return tmp_path
+
+
+def test_parquet_with_two_scales_gives_each_row_its_own(two_scales):
+    images = open_images(ProbeOptions(data=str(two_scales)))
+    assert images.classes == ("fat", "muscle") and set(images.splits) == {"train", "test"}
+    fine, coarse = images.at(0.5), images.at(2.0)
+    assert fine.splits["test"].mpp.tolist() == [0.5] * 3
+    assert coarse.splits["test"].mpp.tolist() == [2.0] * 3
+    assert fine.splits["test"].image(1).getpixel((0, 0))[0] == 11
+    assert coarse.splits["test"].image(1).getpixel((0, 0))[0] == 111
+    assert images.at(1.0).splits["test"].mpp[0] == 0.5  # never from a coarser image
+    assert images.at(0.25).splits["test"].mpp[0] == 0.5  # refused later, as too coarse
+    assert fine.fingerprint != coarse.fingerprint
+    np.testing.assert_array_equal(fine.splits["train"].labels, [1, 0, 1])
+    assert fine.splits["train"].groups is not None
+    assert fine.splits["train"].groups.tolist() == ["s1", "s1", "s2"]
+
+
+def test_known_scales_are_not_overruled(two_scales):
+    with pytest.raises(ProbeError, match="whose scales are known"):
+        open_images(ProbeOptions(data=str(two_scales), data_mpp=0.3))
+    options = ProbeOptions(data=str(two_scales), data_mpp=0.3, image_column="image_20x")
+    assert open_images(options).splits["test"].mpp[0] == 0.3
+    with pytest.raises(ProbeError, match="--image-column picture.*has image_20x"):
+        open_images(ProbeOptions(data=str(two_scales), image_column="picture"))
+
+
+def test_one_folder_per_class(tmp_path):
+    pytest.importorskip("datasets")
+    for name in ("tumour", "stroma"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(2):
+            _picture(number).save(tmp_path / "train" / name / f"{name}{number}.png")
+    images = open_images(ProbeOptions(data=str(tmp_path), data_mpp=0.5))
+    split = images.splits["train"]
+    assert images.classes == ("stroma", "tumour")
+    found = dict(zip(split.ids, split.labels, strict=True))  # type: ignore[arg-type]
+    assert found == {"stroma0": 0, "stroma1": 0, "tumour0": 1, "tumour1": 1}
+
+
+def test_no_such_data(tmp_path):
+    with pytest.raises(ProbeError, match="`datasets` cannot load it"):
+        open_images(ProbeOptions(data=str(tmp_path / "nowhere"), data_mpp=0.5))

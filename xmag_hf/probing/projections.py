@@ -1,0 +1,154 @@
+"""The flow of `xmag project`: rows of a probe -> embeddings -> pictures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from xmag_hf._version import __version__
+from xmag_hf.encoders import load_encoder
+
+from .errors import ProbeError
+from .images import ImageSplit, open_images
+from .options import ProbeOptions
+from .pictures import (
+    Panel,
+    PictureOptions,
+    draw_confusion,
+    draw_embeddings,
+    per_class_rows,
+    read_class_predictions,
+    tsne,
+)
+from .probe import Advance, device, plan_rows, precision, row_features
+
+logger = logging.getLogger(__name__)
+
+PICTURE, POSITIONS = "tsne.png", "tsne.csv"
+
+
+def project(
+    options: ProbeOptions,
+    picture: PictureOptions,
+    out: Path,
+    advance: Advance = lambda what, done, total: None,
+) -> list[Path]:
+    """Draw t-SNE panels of every row of `options`, and write the positions beside the picture.
+
+    All rows show the same images: those of one split (`test` if there is one), at most
+    `picture.per_class` of each class.
+
+    Args:
+        options: Data and rows, as for a probe; its embeddings are shared with `xmag probe`.
+        picture: See there.
+        out: Folder, made if it is not there.
+        advance: For progress bars.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ProbeError: Data without labels, an unknown split, or what `tsne` refuses.
+        EncoderError: An encoder that cannot be had.
+    """
+    rows = plan_rows(options)
+    images = open_images(options)
+    names = _splits(picture.split, images.splits)
+    labels = np.concatenate([_labels(images.name, images.splits[name]) for name in names])
+    ids = np.concatenate([images.splits[name].ids for name in names])
+    shown = per_class_rows(labels, picture.per_class, options.seed)
+    panels = []
+    for row in rows:
+        encoder = load_encoder(row.name, device=device(options), precision=precision(options))
+        features = row_features(row, encoder, images, options, advance)
+        del encoder  # the next one may need the memory
+        x = np.concatenate([features[name] for name in names])[shown]
+        logger.info("%s: t-SNE of %d images", row.label, len(shown))
+        points = tsne(x, metric=picture.metric, perplexity=picture.perplexity, seed=options.seed)
+        panels.append(Panel(f"{row.label.rsplit('@', 1)[0]} at {row.mpp:g} um/px", points))
+    out.mkdir(parents=True, exist_ok=True)
+    title = (
+        f"{images.name} ({', '.join(names)}): t-SNE, {picture.metric}, perplexity "
+        f"{picture.perplexity:g}, seed {options.seed}"
+    )
+    about = _about(options, picture)
+    draw_embeddings(panels, labels[shown], images.classes, out / PICTURE, title=title, about=about)
+    text = [images.classes[label] for label in labels[shown]]
+    _write_positions(out / POSITIONS, ids[shown], text, panels)
+    return [out / PICTURE, out / POSITIONS]
+
+
+def confusion_picture(predictions: Path, out: Path) -> Path:
+    """Draw the confusion matrix of a predictions CSV of `xmag probe`.
+
+    Of repeats the first is drawn, so that every image counts once.
+
+    Args:
+        predictions: The CSV.
+        out: Folder, made if it is not there.
+
+    Returns:
+        The PNG, named after the CSV.
+
+    Raises:
+        ProbeError: See `read_class_predictions`.
+    """
+    labels, probabilities, classes = read_class_predictions(predictions)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{predictions.stem}-confusion.png"
+    repeat = f" (repeat 1 of {len(probabilities)})" if len(probabilities) > 1 else ""
+    draw_confusion(
+        labels,
+        probabilities[0].argmax(axis=1),
+        classes,
+        path,
+        title=predictions.stem + repeat,
+        about={"Software": f"xmag_hf {__version__}", "Comment": f"from {predictions.name}"},
+    )
+    return path
+
+
+def _splits(wanted: str | None, splits: dict[str, ImageSplit]) -> list[str]:
+    if wanted is None:
+        return ["test"] if "test" in splits else list(splits)
+    if wanted not in splits:
+        raise ProbeError(f"--split {wanted}: no such split; there are {', '.join(splits)}.")
+    return [wanted]
+
+
+def _labels(name: str, split: ImageSplit) -> np.ndarray:
+    if split.labels is None:
+        raise ProbeError(f"{name}: images without labels have no colours; give --label-column.")
+    return split.labels
+
+
+def _about(options: ProbeOptions, picture: PictureOptions) -> dict[str, str]:
+    given = dataclasses.asdict(options) | dataclasses.asdict(picture)
+    # File names only: a picture that is shown around should not tell where a disk is.
+    given = {key: value for key, value in given.items() if key not in ("out", "cache_dir")}
+    given["model"] = [_bare(name) for name in options.model]
+    for key in ("data", "labels_csv", "teacher"):
+        given[key] = None if given[key] is None else _bare(given[key])
+    return {"Software": f"xmag_hf {__version__}", "Comment": json.dumps(given, default=str)}
+
+
+def _bare(name: str) -> str:
+    """The last part of a local path; a Hub id or table name as it is."""
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def _write_positions(path: Path, ids: np.ndarray, labels: list[str], panels: list[Panel]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        axes = [f"{panel.title}: {axis}" for panel in panels for axis in "xy"]
+        writer.writerow(["id", "label", *axes])
+        positions = np.concatenate([panel.points for panel in panels], axis=1)
+        for name, label, values in zip(ids, labels, positions, strict=True):
+            writer.writerow([name, label, *(f"{value:.6g}" for value in values)])
+    temporary.replace(path)
