@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test processes that share cores wait on threads
 # Mapped corpora leave an Arrow copy: not in the user's own cache.
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="xmag-test-datasets-"))
 

@@ -20,6 +20,9 @@ VERBS = {
     "spider": ("xmag_hf.cli.spider", "SPIDER's patches -> 20x/5x data set for probes (Parquet)"),
     "probe": ("xmag_hf.cli.probe", "frozen embeddings -> linear, kNN, few-shot and count probes"),
     "project": ("xmag_hf.cli.project", "t-SNE pictures of embeddings, and confusion matrices"),
+    "info": ("xmag_hf.cli.info", "slides -> size, um/px, tissue, patches at 5x and 20x"),
+    "embed": ("xmag_hf.cli.embed", "slides -> one HDF5 bag of embeddings each"),
+    "bags": ("xmag_hf.cli.bags", "bags <-> TRIDENT, CLAM, STAMP"),
     "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),
 }
 

@@ -403,13 +403,17 @@ def _resolve_mpp(
     raise SlideScaleError(
         f"{slide_id}: the file does not say its um/px (no openslide.mpp-x, no TIFF resolution; "
         f"objective power {properties.get('openslide.objective-power', 'not given')} alone is no "
-        "scale). Give it with --mpp, mpp=, or an mpp column in the slide CSV."
+        "scale). Give it with --mpp (corpus), --slide-mpp (embed, info), mpp=, or an mpp "
+        "column in the slide CSV."
     )
 
 
 def _plausible_mpp(slide_id: str, x: float, y: float, source: str) -> float:
     low, high = MPP_RANGE
-    remedy = "Give the right one with --mpp, mpp=, or an mpp column in the slide CSV."
+    remedy = (
+        "Give the right one with --mpp (corpus), --slide-mpp (embed, info), mpp=, or an mpp column "
+        "in the slide CSV."
+    )
     if not (low <= x <= high and low <= y <= high):
         raise SlideScaleError(
             f"{slide_id}: mpp {x:g} x {y:g} um/px ({source}) is outside {low} to {high}. {remedy}"

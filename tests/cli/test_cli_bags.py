@@ -1,0 +1,73 @@
+"""`xmag bags`: export, import, and what cannot be converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from xmag_hf.cli.main import main
+from xmag_hf.embedding import Bag, BagInfo, read_bag, write_bag
+
+
+@pytest.fixture
+def bags(tmp_path: Path) -> Path:
+    folder = tmp_path / "bags"
+    folder.mkdir()
+    info = BagInfo(encoder="uni", mpp=0.5, patch_px=256, overlap=0, mpp0=0.25, pooling="cls")
+    for number in range(2):
+        features = np.full((3 + number, 4), number, np.float16)
+        coords = np.arange(2 * len(features), dtype=np.int64).reshape(-1, 2) * 512
+        write_bag(folder / f"s{number}.h5", Bag(f"s{number}", features, coords, info))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["trident", "clam", "stamp"])
+def test_there_and_back(tmp_path, bags, layout, capsys):
+    there, back = tmp_path / layout, tmp_path / "back"
+    assert main(["bags", "export", str(bags), "--to", layout, "--out", str(there)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 bags" in printed
+    assert f"{layout} cannot hold: " in printed and "pooling" in printed
+    known = ["--mpp0", "0.25", "--pooling", "cls"]
+    known += [] if layout == "stamp" else ["--encoder", "uni", "--mpp", "0.5"]
+    known += ["--patch-px", "256"] if layout == "clam" else []
+    command = ["bags", "import", str(there), "--from", layout, "--out", str(back), *known]
+    assert main(command) == 0
+    for path in bags.iterdir():
+        first, second = read_bag(path), read_bag(back / path.name)
+        assert (first.features == second.features).all()
+        assert (first.coords == second.coords).all()
+        for name in ("encoder", "mpp", "patch_px", "mpp0", "pooling", "width_level0"):
+            assert getattr(first.info, name) == getattr(second.info, name)
+        assert second.info.created_by.endswith(f"from {layout}")
+    assert main(command) == 1  # nothing is replaced unasked
+    assert "--overwrite" in capsys.readouterr().out
+    assert main([*command, "--overwrite"]) == 0
+
+
+def test_one_bad_file_does_not_stop_the_rest(tmp_path, bags, capsys):
+    (bags / "bad.h5").write_bytes(b"not HDF5")
+    with h5py.File(bags / "linked.h5", "w") as file:
+        file["features"] = h5py.ExternalLink(str(bags / "s0.h5"), "features")
+        file["coords"] = h5py.ExternalLink(str(bags / "s0.h5"), "coords")
+    assert main(["bags", "export", str(bags), "--to", "clam", "--out", str(tmp_path / "c")]) == 1
+    printed = capsys.readouterr().out
+    assert "2 of 4 bags" in printed
+    assert "bad.h5" in printed and "outside the file" in printed
+    assert len(list((tmp_path / "c" / "pt_files").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["export"], ["export", "--from", "clam"], ["import", "--to", "clam", "--from", "clam"]],
+)
+def test_wrong_usage_gives_2(tmp_path, bags, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(["bags", *arguments, str(bags), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["bags", "export", str(tmp_path / "none"), "--to", "clam", "--out", str(tmp_path)])
+    assert caught.value.code == 2

@@ -1,0 +1,92 @@
+"""Poolings and local features against the models' own tokens; memory that runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from mean_colour import mean_colour
+
+from xmag_hf.embedding.encode import PatchEncoder
+from xmag_hf.embedding.options import EmbedError
+from xmag_hf.encoders import ENCODERS, Encoder, load_encoder
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def xmag() -> Encoder:
+    return load_encoder("random:tiny")
+
+
+def tokens_of(encoder: Encoder, pixels: np.ndarray) -> torch.Tensor:
+    """Through the model alone, normalised here."""
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
+    with torch.no_grad():
+        return encoder.model(pixel_values=(images - mean) / std).last_hidden_state
+
+
+@pytest.mark.parametrize("pooling", ["auto", "cls", "mean", "cls+mean"])
+def test_poolings_of_xmag(xmag, pixels, pooling):
+    tokens = tokens_of(xmag, pixels)
+    cls, mean = tokens[:, 0], tokens[:, 1:].mean(1)
+    expected = {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean], 1)}
+    made = PatchEncoder(xmag, pooling=pooling, tokens=True)
+    assert made.pooling == ("cls" if pooling == "auto" else pooling)
+    encoded = made(pixels)
+    assert np.allclose(encoded.features, expected[made.pooling], atol=1e-5)
+    assert made.feature_dim == encoded.features.shape[1]
+    cells = tokens[:, 1:].reshape(3, 4, 4, 4, 4, -1).mean((2, 4)).reshape(3, 16, -1)
+    assert encoded.tokens is not None
+    assert np.allclose(encoded.tokens, cells, atol=1e-5)
+    plain = PatchEncoder(xmag, pooling=pooling)(pixels)
+    assert plain.tokens is None
+    assert np.allclose(plain.features, encoded.features, atol=1e-5)
+
+
+def test_xmag_lite_has_a_mean_and_no_class_token(pixels):
+    lite = load_encoder("random:lite")
+    made = PatchEncoder(lite, tokens=True)
+    assert made.pooling == "mean"
+    encoded = made(pixels)
+    assert np.allclose(encoded.features, tokens_of(lite, pixels).mean(1), atol=1e-4)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    assert np.allclose(encoded.tokens, lite.spatial_features(images), atol=1e-4)
+    with pytest.raises(EmbedError, match="no class token"):
+        PatchEncoder(lite, pooling="cls")
+
+
+def test_poolings_of_a_timm_vit(pixels):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="token")
+    card = dataclasses.replace(ENCODERS["uni"], embed_dim=192, mean=(0.0,) * 3, std=(1.0,) * 3)
+    encoder = Encoder(model, card)
+    with torch.no_grad():
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+        tokens = encoder.model.forward_features(images)
+    own = PatchEncoder(encoder)(pixels).features
+    assert np.allclose(own, tokens[:, 0], atol=1e-5)
+    both = PatchEncoder(encoder, pooling="cls+mean")(pixels).features
+    assert np.allclose(both, torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("fits", [1, 5, 32])
+def test_memory_that_runs_out_halves_the_batch(fits):
+    encoder = mean_colour()
+    encoder.model.largest = fits
+    many = np.random.default_rng(1).integers(0, 256, (21, 224, 224, 3), np.uint8)
+    made = PatchEncoder(encoder, batch_size=16)
+    encoded = made(many)
+    assert np.allclose(encoded.features, many.mean((1, 2)) / 255, atol=1e-5)
+    assert made.batch_size == max(n for n in (16, 8, 4, 2, 1) if n <= fits)
+    assert encoder.model.sizes[0] == 16
+    encoder.model.largest = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        made(many[:1])

@@ -1,0 +1,110 @@
+"""Turn slides into bags of embeddings: one HDF5 file a slide, resumable, shared by processes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.slides import add_slide_arguments, named_sources
+from xmag_hf.data_builders import CorpusError
+from xmag_hf.embedding.embed import EmbedState, check_sources, embed_slides
+from xmag_hf.embedding.embed import Progress as Callback
+from xmag_hf.embedding.options import EmbedError, EmbedOptions
+from xmag_hf.embedding.records import RunSummary
+
+EXAMPLE = "xmag embed slides/*.svs --model xmag_folder --out bags"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    add_slide_arguments(parser)
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="an XMAG folder, hf:ORG/NAME, or an encoder's name (phikon, uni2-h, ...)",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets the bags")
+    add_options(parser, EmbedOptions)
+    parser.add_argument(
+        "--tissue-geojson",
+        type=Path,
+        metavar="F",
+        help="polygons in level-0 px that say where tissue is: a file for one slide, or a folder "
+        "of SLIDE_ID.geojson",
+    )
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Embed; 0 if every slide was done, was there, or has no tissue, else 1."""
+    try:
+        options = read_options(EmbedOptions, args)
+        sources = named_sources(args, args.tissue_geojson)
+        check_sources(sources)
+    except (CorpusError, EmbedError) as error:
+        parser.error(str(error))
+    with _bar(Console(stderr=True, quiet=args.quiet)) as progress:
+        summary = embed_slides(sources, args.out, args.model, options, progress=progress)
+    _print_summary(summary)
+    return 1 if summary.problems else 0
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Callback]:
+    columns = (
+        TextColumn("slides"),
+        BarColumn(),
+        TextColumn("{task.fields[slides_done]}/{task.total:.0f}"),
+        TextColumn("patches {task.fields[patches]}, {task.fields[rate]:.1f}/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("slides", total=1, slides_done=0, patches=0, rate=0.0)
+
+        def show(state: EmbedState) -> None:
+            elapsed = progress.tasks[task].elapsed or 0
+            progress.update(
+                task,
+                total=state.slides,
+                completed=state.share,
+                slides_done=state.slides_done,
+                patches=state.patches,
+                rate=state.patches / elapsed if elapsed else 0.0,
+            )
+
+        yield show
+
+
+def _print_summary(summary: RunSummary) -> None:
+    console = Console()
+    patches = sum(record.patches for record in summary.records)
+    table = Table(title=f"{patches:,} patches in {summary.out_dir}")
+    table.add_column("slide", overflow="fold")
+    table.add_column("status")
+    for name in ("patches", "lost", "um/px", "mm2", "read s", "enc. s"):
+        table.add_column(name, justify="right")
+    for record in summary.records:
+        table.add_row(
+            record.slide_id,
+            record.status,
+            f"{record.patches:,}",
+            f"{record.unreadable:,}",
+            "" if record.mpp0 is None else f"{record.mpp0:.4g}",
+            "" if record.tissue_mm2 is None else f"{record.tissue_mm2:.1f}",
+            f"{record.seconds['read']:.1f}",
+            f"{record.seconds['encode']:.1f}",
+        )
+    console.print(table)
+    for record in summary.records:
+        reason = record.reason or record.first_unreadable
+        if reason:
+            console.print(f"{record.status}: {reason}", markup=False, soft_wrap=True)
+    counts = ", ".join(f"{n} {status}" for status, n in summary.counts.items())
+    console.print(f"{counts}; see {summary.out_dir / 'summary.csv'}", markup=False, soft_wrap=True)

@@ -1,0 +1,57 @@
+"""Slides as `xmag info` and `xmag embed` take them: paths, folders, globs, CSV."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xmag_hf.data_builders import CorpusError, SlideRow, find_slides, read_slides_csv
+from xmag_hf.data_builders.slide_list import with_csv_metadata
+from xmag_hf.embedding.sources import SlideSource
+
+
+def add_slide_arguments(parser: argparse.ArgumentParser) -> None:
+    """SLIDES, --slides-csv and --slides-dir."""
+    parser.add_argument("slides", nargs="*", metavar="SLIDES", help="files, folders or globs")
+    parser.add_argument(
+        "--slides-csv",
+        type=Path,
+        metavar="F",
+        help="columns slide (path) or slide_id; patient_id, mpp, others are ignored",
+    )
+    parser.add_argument("--slides-dir", type=Path, metavar="DIR", help="where the CSV's slides are")
+
+
+def named_sources(args: argparse.Namespace, geojson: Path | None = None) -> list[SlideSource]:
+    """The slides that the arguments name.
+
+    Args:
+        args: With `slides`, `slides_csv` and `slides_dir`.
+        geojson: A file for the only slide, or a folder of `<slide_id>.geojson`.
+
+    Raises:
+        CorpusError: None, an unusable CSV, or one annotation for several slides.
+    """
+    if args.slides and args.slides_csv:
+        rows = with_csv_metadata(find_slides(args.slides), args.slides_csv)
+    elif args.slides_csv:
+        rows = read_slides_csv(args.slides_csv, args.slides_dir)
+    elif args.slides:
+        rows = [SlideRow(path) for path in find_slides(args.slides)]
+    else:
+        raise CorpusError("No slides. Name files, folders or globs, or give --slides-csv.")
+    if geojson is not None and not geojson.is_dir() and len(rows) > 1:
+        raise CorpusError(
+            f"--tissue-geojson {geojson}: one file for {len(rows)} slides. Give a folder of "
+            "SLIDE_ID.geojson."
+        )
+    return [
+        SlideSource(row.path, row.slide_id, row.mpp, row.patient_id, _annotation(geojson, row))
+        for row in rows
+    ]
+
+
+def _annotation(geojson: Path | None, row: SlideRow) -> Path | None:
+    if geojson is None or not geojson.is_dir():
+        return geojson
+    return geojson / f"{row.slide_id}.geojson"

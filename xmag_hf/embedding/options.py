@@ -1,0 +1,105 @@
+"""Options and errors of embedding: the one home of its defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+POOLINGS = ("auto", "cls", "mean", "cls+mean")
+FEATURE_TYPES = ("float16", "float32")
+
+
+class EmbedError(ValueError):
+    """Slides cannot be embedded as asked; the message names the subject, value and remedy."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How slides become bags. Devices, batches and threads do not change a bag; the rest does.
+
+    Raises:
+        EmbedError: A value outside its range, named.
+    """
+
+    mpp: float | None = field(
+        default=None,
+        metadata={"help": "um/px of the patches (default: the encoder's own)", "metavar": "F"},
+    )
+    patch_px: int | None = field(
+        default=None,
+        metadata={
+            "help": "side of a patch, px at --mpp (default: what the field cuts for the encoder); "
+            "another size than the encoder's input is resampled to it",
+            "metavar": "PX",
+        },
+    )
+    overlap: int = field(
+        default=0, metadata={"help": "px at --mpp that neighbours share", "metavar": "PX"}
+    )
+    tissue: float = field(
+        default=0.25, metadata={"help": "least share of a patch that is tissue", "metavar": "F"}
+    )
+    pad_edges: bool = field(
+        default=False, metadata={"help": "keep patches that reach past the edge, white there"}
+    )
+    allow_coarse: bool = field(
+        default=False, metadata={"help": "enlarge slides coarser than asked for by more than 10%"}
+    )
+    slide_mpp: float | None = field(
+        default=None,
+        metadata={
+            "help": "um/px of the slides' level 0; overrules the files, not the slide CSV. Plain "
+            "PNG and JPEG need it",
+            "metavar": "F",
+        },
+    )
+    pooling: str = field(
+        default="auto",
+        metadata={
+            "help": "class token, mean of the patch tokens, or both; auto is the encoder's own",
+            "choices": POOLINGS,
+        },
+    )
+    tokens: bool = field(
+        default=False, metadata={"help": "store the 4 x 4 local features of each patch too"}
+    )
+    precision: str = field(
+        default="fp32",
+        metadata={"help": "the encoder runs in", "choices": ("fp32", "bf16", "fp16")},
+    )
+    features: str = field(
+        default="float16", metadata={"help": "stored type", "choices": FEATURE_TYPES}
+    )
+    device: str = field(
+        default="auto",
+        metadata={
+            "help": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is. For several GPUs run "
+            "the same command once for each: slides are shared out"
+        },
+    )
+    batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "patches encoded at once (default: 256 on a GPU, 32 on a CPU; halved when "
+            "memory runs out)"
+        },
+    )
+    threads: int = field(default=4, metadata={"help": "that read and decode patches"})
+    preview: bool = field(
+        default=True, metadata={"help": "a picture of each slide: tissue outline and grid"}
+    )
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("mpp", self.mpp is None or self.mpp > 0, "above 0 um/px"),
+            ("patch_px", self.patch_px is None or self.patch_px >= 1, "at least 1 px"),
+            ("overlap", self.overlap >= 0, "at least 0 px"),
+            ("tissue", 0 <= self.tissue <= 1, "from 0 to 1"),
+            ("slide_mpp", self.slide_mpp is None or self.slide_mpp > 0, "above 0 um/px"),
+            ("pooling", self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
+            ("features", self.features in FEATURE_TYPES, f"one of {', '.join(FEATURE_TYPES)}"),
+            ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"),
+            ("threads", self.threads >= 1, "at least 1"),
+        )
+        for name, good, rule in checks:
+            if not good:
+                raise EmbedError(f"{name}={getattr(self, name)!r}: it must be {rule}.")

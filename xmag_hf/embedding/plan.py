@@ -1,0 +1,233 @@
+"""First stage: from a slide to the places of its patches. Plain data comes out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xmag_hf.slides import Slide, TissueMask, grid_origins, tissue_mask
+from xmag_hf.slides.tissue import MASK_MPP
+
+from .annotation import annotated_tissue
+from .options import EmbedError, EmbedOptions
+from .sources import SlideSource, open_source
+
+if TYPE_CHECKING:
+    from xmag_hf.encoders import EncoderCard
+
+logger = logging.getLogger(__name__)
+
+OTHER_SCALE = 0.05  # farther from the encoder's own um/px is worth a warning
+
+
+@dataclass(frozen=True)
+class PatchGeometry:
+    """What a patch is, and what of it the encoder sees.
+
+    Attributes:
+        patch_px: Side of a patch, px at `mpp`.
+        mpp: um/px of the grid.
+        overlap: px at `mpp` that neighbours share.
+        input_px: Side of the encoder's input.
+        input_mpp: um/px of the input: `mpp` unless the patch is resampled to fit.
+        inset_px: Where the input starts within the patch, px at `mpp` (centre crops).
+    """
+
+    patch_px: int
+    mpp: float
+    overlap: int
+    input_px: int
+    input_mpp: float
+    inset_px: float
+
+    @property
+    def stride_px(self) -> int:
+        """Distance between patches, px at `mpp`."""
+        return self.patch_px - self.overlap
+
+
+@dataclass(frozen=True, eq=False)
+class Overview:
+    """A small picture of a slide and the tissue found in it.
+
+    Attributes:
+        picture: (H, W, 3) uint8 RGB.
+        mask: (H, W) bool, tissue.
+        pixel_level0: Width of a pixel in level-0 px.
+    """
+
+    picture: np.ndarray
+    mask: np.ndarray
+    pixel_level0: float
+
+
+@dataclass(frozen=True, eq=False)
+class SlidePlan:
+    """Everything that reading a slide's patches needs.
+
+    Attributes:
+        source: The slide.
+        geometry: Of the patches.
+        coords: (N, 2) int64, top-left corners (x, y) of the kept patches, level-0 px, by (y, x).
+        uncertain: (N,) bool: the overview could not be decoded there; whether there is tissue
+            shows when the patch is read.
+        padded: (N,) bool: reaches past the slide's edge.
+        grid_patches: Patches of the grid, with and without tissue.
+        least_tissue: Share of a patch.
+        tissue_method: Rule, or the digest of an annotation.
+        tissue_mm2: Area of tissue.
+        saturation: Above which the overview's pixels count as tissue, 0 to 1; NaN if annotated.
+        mpp0: um/px of level 0.
+        mpp_source: Where it is from.
+        level: That patches are read from.
+        level0_size: (width, height), px.
+        vendor: Format.
+        allow_coarse: Level 0 may be enlarged by more than 10%.
+        pad_edges: Patches past the edge were kept.
+        overview: For the preview.
+        seconds: By stage: open, tissue.
+    """
+
+    source: SlideSource
+    geometry: PatchGeometry
+    coords: np.ndarray
+    uncertain: np.ndarray
+    padded: np.ndarray
+    grid_patches: int
+    least_tissue: float
+    tissue_method: str
+    tissue_mm2: float
+    saturation: float
+    mpp0: float
+    mpp_source: str
+    level: int
+    level0_size: tuple[int, int]
+    vendor: str
+    allow_coarse: bool
+    pad_edges: bool
+    overview: Overview
+    seconds: dict[str, float]
+
+    @property
+    def width_level0(self) -> float:
+        """Side of a patch, level-0 px."""
+        return self.geometry.patch_px * self.geometry.mpp / self.mpp0
+
+
+def patch_geometry(card: EncoderCard, options: EmbedOptions) -> PatchGeometry:
+    """Patches as the field cuts them for an encoder, unless the options say otherwise.
+
+    A 256 px patch at 0.5 um/px that is resized to 224 px is what 224 px at 0.571 um/px show: it is
+    read so, in one resampling.
+
+    Args:
+        card: Facts of the encoder.
+        options: May give mpp, patch_px and overlap.
+
+    Returns:
+        The geometry.
+
+    Raises:
+        EmbedError: The encoder has no scale of its own and none is given, or the overlap is not
+            smaller than the patch.
+    """
+    mpp = options.mpp or card.mpp
+    if mpp is None:
+        raise EmbedError(
+            f"{card.name} has no um/px of its own. Say at which to cut patches for it: --mpp 0.5 "
+            "(20x) or --mpp 2 (5x)."
+        )
+    if card.mpp is not None and abs(mpp / card.mpp - 1) > OTHER_SCALE:
+        logger.warning("%s reads %g um/px; embedding at %g, as asked.", card.name, card.mpp, mpp)
+    patch_px = options.patch_px or card.field_patch_px
+    if options.overlap >= patch_px:
+        raise EmbedError(
+            f"overlap={options.overlap} px: it must be smaller than the patch, {patch_px} px."
+        )
+    crop = card.field_fit == "centre crop" and patch_px == card.field_patch_px
+    return PatchGeometry(
+        patch_px=patch_px,
+        mpp=mpp,
+        overlap=options.overlap,
+        input_px=card.input_px,
+        input_mpp=mpp if crop else mpp * patch_px / card.input_px,
+        inset_px=(patch_px - card.input_px) / 2 if crop else 0.0,
+    )
+
+
+def plan_slide(source: SlideSource, geometry: PatchGeometry, options: EmbedOptions) -> SlidePlan:
+    """Open a slide, find its tissue and lay the grid.
+
+    Args:
+        source: The slide; its mpp goes before the options'.
+        geometry: Of the patches.
+        options: Tissue threshold, edges, coarse slides.
+
+    Returns:
+        The plan; without tissue its `coords` are empty.
+
+    Raises:
+        SlideError: Unreadable, or its scale is missing or too coarse.
+        AnnotationError: The slide's GeoJSON is no use.
+    """
+    started = time.perf_counter()
+    with open_row(source, options) as slide:
+        level = slide.level_for(geometry.input_mpp, allow_coarse=options.allow_coarse)
+        opened = time.perf_counter()
+        tissue, overview = _tissue(slide, source)
+        found = time.perf_counter()
+        origins = grid_origins(
+            slide,
+            patch_px=geometry.patch_px,
+            stride_px=geometry.stride_px,
+            mpp=geometry.mpp,
+            pad_edges=options.pad_edges,
+        )
+        width0 = geometry.patch_px * geometry.mpp / slide.mpp0
+        sure = tissue.fractions(origins, width0)
+        # Where the overview has gaps there may be tissue: those patches are tried.
+        possible = tissue.fractions(origins, width0, with_gaps=True)
+        kept = np.flatnonzero((possible >= options.tissue) & (possible > 0))
+        past = np.any(origins + width0 > np.asarray(slide.extent_xy) + 1e-6, axis=1)
+        return SlidePlan(
+            source=source,
+            geometry=geometry,
+            coords=origins[kept],
+            uncertain=possible[kept] > sure[kept],
+            padded=past[kept],
+            grid_patches=len(origins),
+            least_tissue=options.tissue,
+            tissue_method=tissue.method,
+            tissue_mm2=float(tissue.mask.sum()) * tissue.mpp**2 / 1e6,
+            saturation=tissue.threshold,
+            mpp0=slide.mpp0,
+            mpp_source=slide.mpp_source,
+            level=level,
+            level0_size=slide.size_level0,
+            vendor=slide.vendor,
+            allow_coarse=options.allow_coarse,
+            pad_edges=options.pad_edges,
+            overview=overview,
+            seconds={"open": opened - started, "tissue": found - opened},
+        )
+
+
+def open_row(source: SlideSource, options: EmbedOptions) -> Slide:
+    """Open a slide of a list; its own mpp goes before the options', that before the file's."""
+    mpp = options.slide_mpp if source.mpp is None else source.mpp
+    return open_source(source.path, mpp, slide_id=source.slide_id)
+
+
+def _tissue(slide: Slide, source: SlideSource) -> tuple[TissueMask, Overview]:
+    """The tissue, and the picture it was found in (read once for both)."""
+    picture, gaps, used = slide.thumbnail_with_gaps(MASK_MPP)
+    if source.tissue_geojson is None:
+        mask, threshold = tissue_mask(picture, used)
+        tissue = TissueMask(mask & ~gaps, used / slide.mpp0, used, threshold, gaps)
+    else:
+        tissue = annotated_tissue(source.tissue_geojson, slide, used)
+    return tissue, Overview(picture, tissue.mask, tissue.pixel_level0)

@@ -1,0 +1,74 @@
+"""A picture of a slide with the outline of its tissue and the grid of its patches."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from .plan import SlidePlan
+
+LARGEST_PX = 2000
+SMALLEST_PX = 1000  # longest side: smaller overviews are enlarged, so that the grid can be seen
+MOST_ENLARGED = 4.0
+OUTLINE = (0, 140, 60)
+GRID = (40, 70, 200)
+PADDED = (230, 140, 0)
+UNREADABLE = (220, 30, 30)
+CAPTION_PX = 18
+
+
+def draw_preview(plan: SlidePlan, unreadable: Collection[int] = ()) -> Image.Image:
+    """Tissue outline (green), patches (blue; orange past the edge; red crossed out: unreadable).
+
+    Args:
+        plan: Of the slide.
+        unreadable: Rows of the plan's coords that could not be decoded.
+
+    Returns:
+        RGB picture with a caption below, longest side at most 2,000 px.
+    """
+    overview = plan.overview
+    height, width = overview.mask.shape
+    longest = max(height, width)
+    factor = min(LARGEST_PX / longest, max(1.0, min(SMALLEST_PX / longest, MOST_ENLARGED)))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    picture = np.array(Image.fromarray(overview.picture).resize(size, Image.Resampling.LANCZOS))
+    mask = np.array(Image.fromarray(overview.mask).resize(size, Image.Resampling.NEAREST))
+    picture[mask & ~ndimage.binary_erosion(mask, iterations=2)] = OUTLINE
+    sheet = Image.new("RGB", (size[0], size[1] + CAPTION_PX), "white")
+    sheet.paste(Image.fromarray(picture))
+    pen = ImageDraw.Draw(sheet)
+    scale = factor / overview.pixel_level0  # px of the picture per level-0 px
+    side = plan.width_level0 * scale
+    lost = set(unreadable)
+    for row, (x, y) in enumerate(plan.coords * scale):
+        colour = PADDED if plan.padded[row] else GRID
+        box = (x, y, min(x + side, size[0]) - 1, min(y + side, size[1]) - 1)
+        if row in lost:
+            pen.line(box, UNREADABLE, 2)
+            colour = UNREADABLE
+        pen.rectangle(box, outline=colour)
+    pen.text((4, size[1] + 3), _caption(plan, len(lost)), fill="black")
+    return sheet
+
+
+def preview_png(plan: SlidePlan, unreadable: Collection[int] = ()) -> bytes:
+    """`draw_preview` as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    draw_preview(plan, unreadable).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _caption(plan: SlidePlan, unreadable: int) -> str:
+    geometry = plan.geometry
+    text = (
+        f"{plan.source.slide_id}: {len(plan.coords)} of {plan.grid_patches} patches, "
+        f"{geometry.patch_px} px at {geometry.mpp:g} um/px; tissue {plan.tissue_mm2:.1f} mm2"
+    )
+    # Pillow's own font has no more than Latin-1.
+    text = text.encode("latin-1", "replace").decode("latin-1")
+    return text + (f"; {unreadable} unreadable" if unreadable else "")
