@@ -5,7 +5,8 @@
 80,000 x 1,536 float32 to learn from (of which a fifth chooses C) and 12,000 to be asked about, 18
 classes. Columns are correlated as embeddings' are: a random rotation of directions whose standard
 deviation falls with k^-0.5, class means apart in the first forty. Prints the seconds of every step
-and the peak of resident memory, features included.
+(learning, intervals, paired tests against a second row, writing predictions) and the peak of
+resident memory, features included.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from xmag_hf.evaluation import accuracy, bootstrap_ci, f1, roc_auc
+from xmag_hf.evaluation import accuracy
 from xmag_hf.probing.images import ImageSplit, LabelledImages
 from xmag_hf.probing.options import ProbeOptions
-from xmag_hf.probing.protocols import official_split
+from xmag_hf.probing.protocols import Predictions, official_split
+from xmag_hf.probing.report import EXACT_DIGITS, FEW_SHOT_DIGITS, write_class_predictions
+from xmag_hf.probing.scoring import FEW_SHOT, class_questions, compare, score
 
 SLIDES = 400
 SEPARATION = 0.35  # of class means, in standard deviations: accuracy ends near that of the paper
@@ -72,7 +74,7 @@ def timed(what: str) -> Iterator[None]:
 
 def main() -> None:
     """Generate, probe, score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name, default in (
         ("train", 64000), ("validation", 16000), ("test", 12000), ("columns", 1536),
         ("classes", 18), ("samples", 1000),
@@ -99,28 +101,37 @@ def main() -> None:
             with timed(method):
                 answers = official_split(features, images, options)
             for answer in answers:
-                probabilities = answer.probabilities
-                chosen = probabilities if probabilities.ndim == 2 else probabilities[0]
-                print(
-                    f"  {answer.method}: accuracy {accuracy(answer.labels, chosen.argmax(1)):.4f}"
-                    f" {answer.details}"
-                )
-            if method == "linear":
-                score(answers[0].labels, answers[0].probabilities, answers[0].groups, args)
+                p = answer.probabilities
+                told = p if p.ndim == 2 else p[0]
+                share = accuracy(answer.labels, told.argmax(1))
+                print(f"  {answer.method}: accuracy {share:.4f} {answer.details}")
+            report(answers, args)
 
 
-def score(labels: np.ndarray, p: np.ndarray, groups: np.ndarray, args: argparse.Namespace) -> None:
-    """Intervals of accuracy, macro F1 and macro AUC, by image and by slide."""
-    macro_f1 = partial(f1, n_classes=args.classes)
-    cases = {
-        "accuracy": (accuracy, p.argmax(1)),
-        "F1": (macro_f1, p.argmax(1)),
-        "AUC": (roc_auc, p),
-    }
-    for name, (metric, predicted) in cases.items():
-        for unit, clusters in (("image", None), ("slide", groups)):
-            with timed(f"{name}, {args.samples} resamples by {unit}"):
-                bootstrap_ci(metric, labels, predicted, clusters=clusters, samples=args.samples)
+def report(answers: list[Predictions], args: argparse.Namespace) -> None:
+    """Everything that follows the predictions: scores with intervals, and a test of two rows."""
+    ours, other = [], []
+    for answer in answers:
+        p = answer.probabilities
+        noisy = p + np.random.default_rng(0).normal(0, 0.02, p.shape).astype(p.dtype)
+        for rows, name, own in ((ours, "a", p), (other, "b", noisy)):
+            rows += class_questions(name, answer.method, answer.labels, own, answer.groups)
+    for question in ours:
+        with timed(f"{question.method} {question.metric}, intervals"):
+            score(question, samples=args.samples, level=0.95, seed=0)
+    with timed(f"{answers[0].method}: paired tests"):
+        compare([ours, other], samples=args.samples, level=0.95, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        for answer in answers:
+            classes = [str(number) for number in range(args.classes)]
+            few = answer.method.startswith(FEW_SHOT)
+            path = Path(folder) / f"{answer.method}.csv"
+            with timed(f"{answer.method}: predictions"):
+                write_class_predictions(
+                    path, answer.ids, answer.groups, answer.labels, answer.probabilities, classes,
+                    digits=FEW_SHOT_DIGITS if few else EXACT_DIGITS,
+                )  # fmt: skip
+            print(f"  {path.stat().st_size / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":

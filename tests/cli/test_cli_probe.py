@@ -12,8 +12,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from xmag_hf.cli.main import main
+from xmag_hf.probing.errors import ProbeError
 from xmag_hf.probing.options import ProbeOptions
-from xmag_hf.probing.probe import plan_rows, split_scale
+from xmag_hf.probing.rows import Row, pairs, plan_rows, split_scale
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,9 @@ def test_report_holds_rows_tests_and_predictions(patches, tmp_path, capsys):
     )  # fmt: skip
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert "published" in printed.out and "0.828" in printed.out
+    # Two classes are not the thirteen of SPIDER: no values of another data set beside ours.
+    assert "2 classes, not 13" in printed.out and "0.828" not in printed.out
+    assert "…" not in printed.out
     results = json.loads((out / "results.json").read_text())
     labels = [row["row"]["label"] for row in results["rows"]]
     assert labels == [
@@ -61,8 +64,12 @@ def test_report_holds_rows_tests_and_predictions(patches, tmp_path, capsys):
     assert results["options"]["shots"] == [2] and results["versions"]["torch"]
     assert results["data"]["splits"]["all"]["groups"] == 6
     assert results["data"]["splits"]["all"]["majority"] == 0.5
-    rows = {c["row"] for c in results["comparisons"]}
-    assert rows == set(labels[1:]) and results["comparisons"][0]["reference"] == labels[0]
+    tested = list(dict.fromkeys((c["row"], c["reference"]) for c in results["comparisons"]))
+    assert tested == [(label, labels[0]) for label in labels[1:]] + [(labels[2], labels[1])]
+    assert str(tmp_path) not in (out / "results.json").read_text()
+    assert set(results["files"]) == {
+        str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()
+    }
     same = [c["test"] for c in results["comparisons"] if c["row"] == "random:tiny@2#2"]
     assert all(test["difference"] == 0 and test["p_value"] == 1 for test in same)
     # The published score can be computed again from the predictions alone.
@@ -82,10 +89,10 @@ def test_counts_and_cells(tmp_path, cmu_pixels, capsys):
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = ["field,x,y,type"]
-    for number in range(12):
+    for number in range(13):  # in the last nobody looked for nuclei
         pixels = cmu_pixels[100 * number : 100 * number + 500, 300:800]
         Image.fromarray(pixels).save(folder / f"f{number}.png")
-        for kind in ("round", "long"):
+        for kind in ("round", "long") if number < 12 else ():
             xy = rng.uniform(0, 500, (int(rng.integers(20, 60)), 2))
             lines += [f"f{number},{x:.1f},{y:.1f},{kind}" for x, y in xy]
     (tmp_path / "nuclei.csv").write_text("\n".join(lines))
@@ -98,7 +105,10 @@ def test_counts_and_cells(tmp_path, cmu_pixels, capsys):
     ])  # fmt: skip
     assert code == 0, capsys.readouterr().err
     (row,) = json.loads((out / "results.json").read_text())["rows"]
-    assert row["details"]["counts"]["rows"] == 12 and row["details"]["cells"]["rows"] == 48
+    assert row["details"]["counts"]["rows"] == 13 and row["details"]["cells"]["rows"] == 52
+    assert row["details"]["counts"]["images_without_nuclei"] == ["f12"]
+    units = {(s["method"], s["unit"]) for s in row["scores"]}
+    assert units == {("counts", "image"), ("cells", "cell"), ("cells", "image")}
     assert row["details"]["counts"]["nuclei"]["long"] == sum(
         line.endswith("long") for line in lines
     )
@@ -113,20 +123,17 @@ def test_counts_and_cells(tmp_path, cmu_pixels, capsys):
     assert (first["id"], first["group"]) == ("f0", "f0")
     assert float(first["y:long"]) == pytest.approx(np.log1p(len(inside)))
     assert {s["metric"] for s in row["scores"]} == {
-        "Spearman long", "R2 long", "Spearman round", "R2 round",
+        "Spearman long", "MAE long", "Spearman round", "MAE round",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "more, words",
     [
-        ((), "nothing to probe"),
         (("--model", "efficientnet-lite0"), "no um/px of its own. Say --mpp F"),
         (("--model", "random:huge"), "SIZE one of base, small, tiny, lite"),
-        (("--teacher-at-5x",), "--teacher-at-5x needs --teacher"),
-        (("--model", "random:tiny", "--dense"), "needs --nuclei-csv"),
         (("--teacher", "efficientnet-lite0", "--undistilled", "start"), "there is none"),
-        (("--model", "random:tiny", "--methods", "svm"), "choose from linear, knn, few-shot"),
+        (("--model", "random:tiny", "--nuclei-csv", "no.csv"), "no.csv: cannot be read as CSV"),
         (("--model", "random:tiny@0.1"), "0.5 um/px is coarser than the 0.1"),
     ],
 )
@@ -136,6 +143,39 @@ def test_refused_with_one_line(patches, tmp_path, capsys, more, words):
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())  # no report, no half of one, no cache
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ((), "nothing to probe"),
+        (("--teacher-at-5x",), "--teacher-at-5x needs --teacher"),
+        (("--model", "random:tiny", "--dense"), "needs --nuclei-csv"),
+        (("--model", "random:tiny", "--methods", "svm"), "choose from linear, knn, few-shot"),
+        (("--model", "random:tiny", "--shots", "4", "0"), "--shots 2 4 0: give values above 0"),
+        (("--model", "random:tiny", "--c-grid", "1", "nan"), "--c-grid 1 nan"),
+    ],
+)
+def test_wrong_usage(patches, tmp_path, capsys, more, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(_arguments(patches, tmp_path / "out", *more))
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_dense_probe_at_a_scale_without_cells():
+    options = ProbeOptions(data="x", model=("random:tiny@2.1",), nuclei_csv="n.csv", dense=True)
+    with pytest.raises(ProbeError, match="random:tiny at 2.1 um/px; cells are compared at 2.0"):
+        plan_rows(options)
+
+
+def test_teacher_is_compared_with_itself_at_5x():
+    def row(role: str) -> Row:
+        return Row(role, role, "x", 1.0)
+
+    assert pairs([row("model"), row("teacher"), row("teacher at 5x")]) == [(1, 0), (2, 0), (2, 1)]
+    assert pairs([row("teacher"), row("teacher at 5x")]) == [(1, 0)]
+    assert pairs([row("model")]) == []
 
 
 def test_scales_of_rows():

@@ -217,6 +217,24 @@ def test_bootstrap_test_refuses_what_it_cannot_pair() -> None:
         bootstrap_test(accuracy, [], [], [])
 
 
+def test_level_widens_intervals_and_leaves_p_values() -> None:
+    y, a, b = scored(80, 2, 3)
+    rows = [
+        (delong_test(y, a, b, level=level), mcnemar_test(y, a.argmax(1), b.argmax(1), level=level))
+        for level in (0.5, 0.99)
+    ]
+    for narrow, wide in zip(*rows, strict=True):
+        assert wide.p_value == narrow.p_value and (narrow.level, wide.level) == (0.5, 0.99)
+        # Normal intervals: half widths go with the normal quantiles of 0.75 and 0.995.
+        ratio = (wide.high - wide.low) / (narrow.high - narrow.low)
+        assert ratio == pytest.approx(2.5758293 / 0.6744898)
+    halves = [bootstrap_test(accuracy, y, a.argmax(1), b.argmax(1), level=v) for v in (0.5, 0.99)]
+    assert halves[1].low < halves[0].low and halves[0].high < halves[1].high
+    for test, arrays in ((delong_test, (a, b)), (mcnemar_test, (a.argmax(1), b.argmax(1)))):
+        with pytest.raises(EvaluationError, match="level: 95"):
+            test(y, *arrays, level=95)
+
+
 def test_holm_agrees_with_r() -> None:
     """p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") is 0.03 0.06 0.06 0.02."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

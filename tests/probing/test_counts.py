@@ -11,7 +11,14 @@ from sklearn.model_selection import KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from xmag_hf.probing.counts import ALPHAS, count_probe, nuclei_counts, nuclei_types, ridge_path
+from xmag_hf.probing.counts import (
+    ALPHAS,
+    count_probe,
+    images_without_nuclei,
+    nuclei_counts,
+    nuclei_types,
+    ridge_path,
+)
 from xmag_hf.probing.errors import ProbeError
 
 ALL = np.array([[-np.inf, -np.inf, np.inf, np.inf]])
@@ -89,9 +96,26 @@ def test_nuclei_by_hand(nuclei: Path) -> None:
     types = nuclei_types(nuclei)
     assert types == ("epithelial", "inflammatory")  # one of a's nuclei has no type
     boxes = np.array([[0, 0, 10, 10], [10, 0, 20, 10], [-np.inf, -np.inf, np.inf, np.inf]] * 2)
-    ids = ["a", "a", "a.png", "b", "c", "b"]
+    ids = ["a", "a", "a", "b", "c", "b"]
     expected = [[2, 0], [0, 1], [2, 1], [0, 1], [0, 0], [0, 1]]
     np.testing.assert_array_equal(nuclei_counts(nuclei, ids, boxes, types), expected)
+    assert images_without_nuclei(nuclei, ids) == ("c",)
+
+
+def test_images_are_found_by_stem_where_that_is_clear(tmp_path: Path) -> None:
+    """f0.png is f0, in either place; v1.2 has no ending; g.png and g.jpg are two images."""
+    path = tmp_path / "nuclei.csv"
+    names = ["cut/f0.png", "f1", "v1.2", "g.png", "g.jpg"]
+    path.write_text("image,x,y,type\n" + "".join(f"{name},1,1,t\n" for name in names))
+    ids = ["f0", "f1.tif", "v1.2", "g.jpg"]
+    counts = nuclei_counts(path, ids, np.repeat(ALL, 4, axis=0), ["t"])
+    np.testing.assert_array_equal(counts[:, 0], [1, 1, 1, 1])
+    assert images_without_nuclei(path, [*ids, "g", "v1"]) == ("g", "v1")
+
+
+def test_more_than_half_of_the_images_without_a_line_are_refused(nuclei: Path) -> None:
+    with pytest.raises(ProbeError, match="names 1 of the 3 images.*'c'"):
+        nuclei_counts(nuclei, ["a", "c", "d"], np.repeat(ALL, 3, axis=0), ["epithelial"])
 
 
 @pytest.mark.parametrize(

@@ -81,5 +81,7 @@ def test_student_gives_spatial_features_and_teacher_sees_each_cell(fields, tmp_p
 
 
 def test_other_scales_are_refused(fields, tmp_path):
-    with pytest.raises(ProbeError, match=r"at 1 um/px: the dense probe compares"):
-        embed_cells(fields, load_encoder("random:tiny"), 1.0, cache_dir=tmp_path)
+    encoder = load_encoder("random:tiny")
+    for mpp in (1.0, 2.1):
+        with pytest.raises(ProbeError, match=rf"at {mpp:g} um/px: the dense probe compares"):
+            embed_cells(fields, encoder, mpp, cache_dir=tmp_path)

@@ -89,7 +89,7 @@ def test_second_run_reads_what_fits_and_computes_what_does_not(images, tmp_path)
     for encoder, mpp in ((_encoder(), 1.0), (_encoder("sha256:1"), 0.5)):
         embed_images(images, encoder, mpp, cache_dir=cache)
         assert _seen(encoder) > 0
-    assert len(list(cache.iterdir())) == 3
+    assert len(list(cache.rglob("*.h5"))) == 3
     Image.new("RGB", (224, 224)).save(tmp_path / "images" / "0.png")
     changed = _encoder()
     embed_images(_open(tmp_path), changed, 0.5, cache_dir=cache)
@@ -112,6 +112,43 @@ def test_interrupted_run_goes_on_from_its_last_chunk(images, tmp_path, monkeypat
     found = embed_images(images, rest, 0.5, cache_dir=cache)
     assert _seen(rest) == 4 + 1 + 1  # images 2, 3 and 4
     np.testing.assert_allclose(found["all"], _expected(images, 0.5), atol=1e-5)
+
+
+def test_damaged_chunk_is_computed_anew(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_IMAGES", 2)
+    cache = tmp_path / "cache"
+
+    def stop(done: int) -> None:
+        if list(cache.rglob("*.npz")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_images(images, _encoder(), 0.5, cache_dir=cache, advance=stop)
+    (chunk,) = cache.rglob("*.npz")
+    chunk.write_bytes(chunk.read_bytes()[:-40])
+    found = embed_images(images, _encoder(), 0.5, cache_dir=cache)
+    np.testing.assert_allclose(found["all"], _expected(images, 0.5), atol=1e-5)
+
+
+def test_images_are_decoded_for_the_check_once_for_all_rows(images, tmp_path, monkeypatch):
+    checked = []
+    check = module.check_decodes
+    monkeypatch.setattr(
+        module, "check_decodes", lambda *given: (checked.append(1), check(*given))[1]
+    )
+    for mpp in (0.5, 1.0):
+        embed_images(images, _encoder(), mpp, cache_dir=tmp_path / "cache")
+    assert len(checked) == 1
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "0.png")
+    embed_images(_open(tmp_path), _encoder(), 0.5, cache_dir=tmp_path / "cache")
+    assert len(checked) == 2
+
+
+def test_key_follows_pooling(images):
+    encoder = _encoder()
+    other = Encoder(encoder.model, dataclasses.replace(encoder.card, pooling="cls"))
+    keys = {module.feature_identity(e, images, 0.5, "mean").key for e in (encoder, other)}
+    assert len(keys) == 2
 
 
 def test_damaged_images_are_all_named_before_anything_is_encoded(images, tmp_path):

@@ -34,21 +34,25 @@ def _options(folder: Path, **given) -> ProbeOptions:
     return ProbeOptions(**({"data": str(folder), "labels_csv": str(folder / "labels.csv")} | given))
 
 
-def test_csv_keeps_its_order_and_columns(folder):
+def test_csv_is_sorted_naturally_with_its_columns(folder):
     images = open_images(_options(folder))
     split = images.splits["all"]
     assert images.classes == ("a", "b")
-    assert split.ids.tolist() == ["img10", "img1", "img2"]
-    assert split.labels is not None and split.labels.tolist() == [1, 0, 1]
-    assert split.groups is not None and split.groups.tolist() == ["7", "8", "7"]
-    assert split.mpp.tolist() == [0.5, 0.5, 0.25]
-    assert split.image(0).getpixel((0, 0)) == (10, 0, 245)
+    assert split.ids.tolist() == ["img1", "img2", "img10"]
+    assert split.labels is not None and split.labels.tolist() == [0, 1, 1]
+    assert split.groups is not None and split.groups.tolist() == ["8", "7", "7"]
+    assert split.mpp.tolist() == [0.5, 0.25, 0.5]
+    assert split.image(2).getpixel((0, 0)) == (10, 0, 245)
     assert split.size(0) == (6, 4)
 
 
-def test_data_mpp_wins_and_groups_can_be_turned_off(folder):
-    split = open_images(_options(folder, data_mpp=1.0, group_column="-")).splits["all"]
-    assert split.mpp.tolist() == [1.0, 1.0, 1.0] and split.groups is None
+def test_data_mpp_fills_but_does_not_overrule_and_groups_can_be_turned_off(folder):
+    with pytest.raises(ProbeError, match="--data-mpp 1: column mpp says 0.5 in row 0.*3 rows"):
+        open_images(_options(folder, data_mpp=1.0))
+    text = (folder / "labels.csv").read_text().replace("0.25", "")
+    (folder / "labels.csv").write_text(text)
+    split = open_images(_options(folder, data_mpp=0.5, group_column="-")).splits["all"]
+    assert split.mpp.tolist() == [0.5, 0.5, 0.5] and split.groups is None
 
 
 def test_fingerprint_follows_pixels_and_scale_not_labels(folder):
@@ -56,8 +60,9 @@ def test_fingerprint_follows_pixels_and_scale_not_labels(folder):
         return open_images(_options(folder, **given)).fingerprint
 
     before = fingerprint()
-    assert fingerprint(data_mpp=0.4) != before
     text = (folder / "labels.csv").read_text()
+    (folder / "labels.csv").write_text(text.replace("0.25", "0.3"))
+    assert fingerprint() != before
     (folder / "labels.csv").write_text(text.replace("img1.png,a", "img1.png,c"))
     assert fingerprint() == before
     _picture(99).save(folder / "images" / "img2.png")
@@ -76,13 +81,16 @@ def test_fingerprint_follows_pixels_and_scale_not_labels(folder):
         ("0.25", "-1", "mpp is '-1' in row 2"),
         (",mpp", ",scale", "um/px of its images is not known. Give --data-mpp"),
         (",label,", ",diagnosis,", "no column 'label'.*diagnosis.*--label-column"),
-        ("b,7,0.25", "b,,0.25", "1 images of split 'all' have no patient_id"),
+        ("b,7,0.25", "b,,0.25", r"1 images of split 'all' have no patient_id \(rows 2\)"),
+        ("b,7,0.25", "b,nan,0.25", r"1 images of split 'all' have no patient_id \(rows 2\)"),
+        ("images/img2.png,b", "images/../images/img1.png,b", "img1.png more than once"),
+        ("b,7,0.25", "\udce9,7,0.25", "Save it as UTF-8"),
     ],
 )
 def test_bad_csv_is_refused_by_name(folder, old, new, words):
     text = (folder / "labels.csv").read_text()
     assert old in text
-    (folder / "labels.csv").write_text(text.replace(old, new))
+    (folder / "labels.csv").write_text(text.replace(old, new), errors="surrogateescape")
     with pytest.raises(ProbeError, match=words):
         open_images(_options(folder))
 
@@ -98,8 +106,72 @@ def test_damaged_image_is_named(folder, damage):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:900] if damage == "cut" else b"no image at all")
     split = open_images(_options(folder)).splits["all"]
-    with pytest.raises(ProbeError, match=r"image 'img1' \(row 1\) does not decode"):
-        split.image(1)
+    with pytest.raises(ProbeError, match=r"image 'img1' does not decode"):
+        split.image(0)
+    if damage == "text":
+        with pytest.raises(ProbeError, match=r"image 'img1' does not decode"):
+            split.size(0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_modes_of_8_bits_are_read_as_pillow_does(folder, mode):
+    image = _picture(200).convert(mode)
+    path = folder / "images" / "img1.tif"
+    image.save(path)
+    found = open_images(_folder_options(folder, "img1.tif")).splits["all"].image(0)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
+
+
+def _folder_options(folder: Path, name: str) -> ProbeOptions:
+    """Of one image alone."""
+    for path in (folder / "images").iterdir():
+        if path.name != name:
+            path.unlink()
+    return ProbeOptions(data=str(folder / "images"), nuclei_csv="unused", data_mpp=0.5)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_is_white_as_glass_is(folder, mode):
+    """Left half seen through entirely, right half by half: there 0.5 * 255 + 0.5 * 100."""
+    pixels = np.full((4, 6, 4), 100, dtype=np.uint8)
+    pixels[:, :3, 3], pixels[:, 3:, 3] = 0, 128
+    image = Image.fromarray(pixels, "RGBA")
+    if mode == "P":  # one colour is transparent, the other not at all
+        image = Image.fromarray((pixels[..., 3] > 0).astype(np.uint8), "P")
+        image.putpalette([9, 9, 9, 100, 100, 100])
+        image.save(folder / "images" / "img1.png", transparency=0)
+    else:
+        image.convert(mode).save(folder / "images" / "img1.png")
+    found = np.asarray(open_images(_folder_options(folder, "img1.png")).splits["all"].image(0))
+    assert (found[:, :3] == 255).all()
+    expected = 100 if mode == "P" else 177
+    assert abs(found[:, 3:].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_grey_of_more_than_8_bits_is_refused(folder, dtype):
+    Image.fromarray(np.full((4, 6), 40000, dtype=dtype)).save(folder / "images" / "img1.tif")
+    split = open_images(_folder_options(folder, "img1.tif")).splits["all"]
+    with pytest.raises(ProbeError, match="image 'img1': grey values of more than 8 bits"):
+        split.image(0)
+
+
+def test_tissue_arrays_are_not_taken_for_an_attack(folder):
+    """14,000 px a side are above Pillow's own limit; only the header is read here."""
+    Image.new("1", (14_000, 14_000)).save(folder / "images" / "img1.png")
+    split = open_images(_folder_options(folder, "img1.png")).splits["all"]
+    assert split.size(0) == (14_000, 14_000)
+
+
+def test_column_split_of_the_csv_is_used(folder):
+    lines = (folder / "labels.csv").read_text().splitlines()
+    added = zip(lines, ["split", "train", "val", "train"], strict=True)
+    (folder / "labels.csv").write_text("\n".join(f"{line},{split}" for line, split in added))
+    splits = open_images(_options(folder)).splits
+    assert {name: split.ids.tolist() for name, split in splits.items()} == {
+        "train": ["img2", "img10"],
+        "validation": ["img1"],
+    }
 
 
 def test_folder_without_labels_is_in_natural_order(folder):
@@ -164,6 +236,22 @@ def test_known_scales_are_not_overruled(two_scales):
     assert open_images(options).splits["test"].mpp[0] == 0.3
     with pytest.raises(ProbeError, match="--image-column picture.*has image_20x"):
         open_images(ProbeOptions(data=str(two_scales), image_column="picture"))
+
+
+def test_columns_of_scale_come_before_names(two_scales, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.load_dataset(str(two_scales), cache_dir=str(tmp_path / "hf"))
+    for split in data:
+        data[split] = data[split].add_column("mpp", [0.46] * 3).add_column("mpp_5x", [1.84] * 3)
+    data["val"] = data.pop("test")
+    data.save_to_disk(str(tmp_path / "saved"))
+    saved = str(tmp_path / "saved")
+    images = open_images(ProbeOptions(data=saved))
+    assert set(images.splits) == {"train", "validation"}
+    assert [view.splits["train"].mpp[0] for view in images.views] == [0.46, 1.84]
+    one = ProbeOptions(data=saved, image_column="image_5x", data_mpp=2.5)
+    with pytest.raises(ProbeError, match="--data-mpp 2.5: column mpp_5x says 1.84"):
+        open_images(one)
 
 
 def test_one_folder_per_class(tmp_path):

@@ -16,7 +16,13 @@ from xmag_hf.probing.classifiers import fit_linear
 from xmag_hf.probing.errors import ProbeError
 from xmag_hf.probing.images import ImageSplit, LabelledImages
 from xmag_hf.probing.options import ProbeOptions
-from xmag_hf.probing.protocols import cross_validated, grouped_cv, official_split, validation_rows
+from xmag_hf.probing.protocols import (
+    check_protocol,
+    cross_validated,
+    grouped_cv,
+    official_split,
+    validation_rows,
+)
 
 OPTIONS = ProbeOptions(
     data="made", neighbours=3, shots=(1, 2), shot_repeats=3, c_grid=(1e-3, 1e-1), repeats=2
@@ -47,7 +53,8 @@ def test_grouped_cv_is_the_published_protocol() -> None:
     expected = np.empty((2, len(x)))
     for repeat in range(2):
         folds = StratifiedGroupKFold(5, shuffle=True, random_state=repeat)
-        for train, test in folds.split(x, labels, groups):
+        # scikit-learn codes groups in sorted order: numbers, so p9 comes before p10.
+        for train, test in folds.split(x, labels, np.arange(120) // 6):
             assert not set(groups[train]) & set(groups[test])
             model = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, tol=1e-9))
             expected[repeat, test] = model.fit(x[train], labels[train]).predict_proba(x[test])[:, 1]
@@ -83,11 +90,79 @@ def test_permuted_labels_give_chance() -> None:
     assert np.mean(scores) == pytest.approx(0.5, abs=4 * np.sqrt(121 / 12 / 60**2 / 30))
 
 
-def test_inner_choice_of_c_beats_a_bad_c() -> None:
-    x, labels, groups = patients(240)
-    inner = grouped_cv(x, labels, groups, repeats=1, c_grid=(1e-6, 1e-2))
-    assert len(inner.details["c"]) == 5
-    assert set(inner.details["c"]) == {1e-2}  # 1e-6 says 0.5 to everything
+def test_folds_do_not_depend_on_the_type_of_the_groups() -> None:
+    """scikit-learn's folds of the numbers, also when they come as text ("10" before "2")."""
+    x, labels, _ = patients()
+    numbers = np.arange(120) // 6
+    expected = np.empty(120)
+    for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=0).split(
+        x, labels, numbers
+    ):
+        expected[test] = fit_linear(x[train], labels[train], 1e-3).probabilities(x[test])[:, 1]
+    for groups in (numbers, numbers.astype(str), numbers.astype(str).astype(object)):
+        actual = grouped_cv(x, labels, groups, repeats=1).probabilities[0, :, 1]
+        np.testing.assert_allclose(actual, expected, atol=1e-9)
+
+
+def test_train_and_validation_that_share_patients_are_drawn_anew() -> None:
+    (x, y, g), (xv, yv, gv), (xt, yt, _) = patients(120), patients(60, seed=1), patients(48, seed=2)
+    splits = {
+        "train": split_of("a", y, g),
+        "validation": split_of("b", yv, gv),  # the first ten of train's patients
+        "test": split_of("c", yt, None),
+    }
+    options = dataclasses.replace(OPTIONS, methods=("linear",))
+    [linear] = official_split(
+        {"train": x, "validation": xv, "test": xt}, images_of(**splits), options
+    )
+    held = validation_rows(np.concatenate([y, yv]), np.concatenate([g, gv]), 0.2, 0)
+    assert linear.details["c_chosen_on"].startswith(f"{held.sum()} of 180 training and validation")
+    assert linear.details["fitted_on"] == 180
+    assert "10 groups lie in train and in validation ('p0'" in linear.details["remarks"][0]
+
+
+def test_groups_shared_with_test_can_be_allowed_and_are_said() -> None:
+    x, y, g = patients(48)
+    images = images_of(train=split_of("a", y, g), test=split_of("b", y, g))
+    with pytest.raises(ProbeError, match="--allow-shared-groups"):
+        check_protocol(images, OPTIONS)
+    options = dataclasses.replace(OPTIONS, allow_shared_groups=True, methods=("knn", "linear"))
+    first, _ = official_split({"train": x, "test": x}, images, options)
+    np.testing.assert_array_equal(first.groups, g)  # intervals stay clustered
+    assert "8 groups lie in train and in test" in first.details["remarks"][0]
+    assert check_protocol(images, options) == first.details["remarks"]
+
+
+def test_few_images_clamp_k_and_drop_shots_with_a_remark() -> None:
+    """Six patients of two images: four of them to learn from in a fold at least."""
+    x, y, g = patients(12, per_patient=2)
+    images = images_of(left=split_of("a", y, g))
+    options = dataclasses.replace(OPTIONS, folds=3, neighbours=20, shots=(1, 2, 16))
+    found = {a.method: a for a in cross_validated({"left": x}, images, options)}
+    assert list(found) == ["linear", "knn", "few-shot-1", "few-shot-2"]
+    assert found["knn"].details["neighbours"] <= 8
+    assert "20 neighbours wanted" in found["knn"].details["remarks"][0]
+    assert "16 per class are left out" in found["few-shot-1"].details["remarks"][0]
+    assert "class 'benign'" in found["few-shot-1"].details["remarks"][0]
+    with pytest.raises(ProbeError, match="Nothing is left"):
+        check_protocol(images, dataclasses.replace(options, methods=("few-shot",), shots=(9,)))
+
+
+def test_details_of_one_method_do_not_depend_on_the_order() -> None:
+    x, y, g = patients(48)
+    images = images_of(left=split_of("a", y, g))
+    orders = [("few-shot", "knn"), ("knn", "few-shot")]
+    details = [
+        next(
+            a.details
+            for a in cross_validated(
+                {"left": x}, images, dataclasses.replace(OPTIONS, methods=methods)
+            )
+            if a.method == "knn"
+        )
+        for methods in orders
+    ]
+    assert details[0] == details[1] == {"folds": 5, "repeats": 2, "neighbours": 3}
 
 
 def test_official_split_refits_on_all_and_asks_about_test() -> None:

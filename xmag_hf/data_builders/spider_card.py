@@ -81,8 +81,7 @@ Changed here: neighbours stitched and reduced to `image_5x`; part of train set a
 `image_20x`: SPIDER's labelled patch, its file untouched (224 x 224 px; `mpp`, 0.5 um/px).
 `image_5x`: what surrounds it (224 x 224 px; `mpp_5x`, 2.0 um/px): the 5 x 5 patches stitched, the
 central 896 px reduced by 4 with Lanczos-3; the labelled patch is its central 56 px. `label`: the
-class. `xmag probe` takes the scale of `image_20x` from `mpp`; with `--image-column image_5x` give
-`--data-mpp 2.0`.
+class. `xmag probe` takes the scale of `image_20x` from `mpp`, that of `image_5x` from `mpp_5x`.
 `slide_id`: as SPIDER gives it; split by it. `num_missing_context`: of the 24 neighbours, how many
 SPIDER does not have; here they are {FILLED[options["missing"]]}.
 Both scales are nominal: SPIDER says 20x and gives no um/px.

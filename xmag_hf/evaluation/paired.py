@@ -13,8 +13,6 @@ from .errors import EvaluationError, finite, labels_of, same_length
 from .intervals import paired_differences
 from .metrics import Average, Metric, f1, scores_of, tie_bounds
 
-_LEVEL = 0.95
-
 
 @dataclass(frozen=True)
 class PairedTest:
@@ -27,11 +25,12 @@ class PairedTest:
         estimate_a: The metric of a.
         estimate_b: The metric of b.
         difference: a - b.
-        low: Lower end of the 95% interval of a - b.
+        low: Lower end of the interval of a - b.
         high: Upper end.
         n: Cases (rows).
         samples: Bootstrap resamples used; 0 for the others.
         redrawn: Resamples thrown away because the metric is undefined on them.
+        level: Nominal coverage of the interval.
     """
 
     test: str
@@ -45,9 +44,10 @@ class PairedTest:
     n: int
     samples: int = 0
     redrawn: int = 0
+    level: float = 0.95
 
 
-def delong_test(y_true: Any, score_a: Any, score_b: Any) -> PairedTest:
+def delong_test(y_true: Any, score_a: Any, score_b: Any, *, level: float = 0.95) -> PairedTest:
     """DeLong's test of two correlated areas under the ROC curve.
 
     DeLong et al. 1988 (doi:10.2307/2531595), with midranks in O(n log n) as Sun & Xu 2014
@@ -70,6 +70,7 @@ def delong_test(y_true: Any, score_a: Any, score_b: Any) -> PairedTest:
         y_true: (n,) labels 0..C-1.
         score_a: (n,) or (n, 2) for two classes, or (n, C).
         score_b: As `score_a`.
+        level: Of the interval.
 
     Returns:
         `test` "DeLong"; estimates are (macro one-vs-rest) AUCs; normal 95% interval. Identical
@@ -98,7 +99,7 @@ def delong_test(y_true: Any, score_a: Any, score_b: Any) -> PairedTest:
         statistic = 0.0
     else:
         statistic = difference / error
-    margin = float(norm.ppf((1 + _LEVEL) / 2)) * error
+    margin = _normal_quantile(level) * error
     return PairedTest(
         test="DeLong",
         statistic=statistic,
@@ -109,10 +110,13 @@ def delong_test(y_true: Any, score_a: Any, score_b: Any) -> PairedTest:
         low=difference - margin,
         high=difference + margin,
         n=len(rows_a),
+        level=level,
     )
 
 
-def mcnemar_test(y_true: Any, pred_a: Any, pred_b: Any, mid_p: bool = True) -> PairedTest:
+def mcnemar_test(
+    y_true: Any, pred_a: Any, pred_b: Any, mid_p: bool = True, *, level: float = 0.95
+) -> PairedTest:
     """McNemar's test of two accuracies, exact conditional or mid-p.
 
     With b cases that only model a has right and c that only model b has right, b is
@@ -129,6 +133,7 @@ def mcnemar_test(y_true: Any, pred_a: Any, pred_b: Any, mid_p: bool = True) -> P
         pred_a: (n,) predicted labels.
         pred_b: (n,) predicted labels.
         mid_p: Mid-p instead of exact.
+        level: Of the interval.
 
     Returns:
         `test` "McNemar mid-p" or "McNemar exact"; estimates are accuracies; without discordant
@@ -150,7 +155,7 @@ def mcnemar_test(y_true: Any, pred_a: Any, pred_b: Any, mid_p: bool = True) -> P
     share_a, share_b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
     centre = share_a - share_b
     error = float(np.sqrt((share_a + share_b - centre**2) / (n + 2)))
-    margin = float(norm.ppf((1 + _LEVEL) / 2)) * error
+    margin = _normal_quantile(level) * error
     return PairedTest(
         test="McNemar mid-p" if mid_p else "McNemar exact",
         statistic=float(only_a),
@@ -161,6 +166,7 @@ def mcnemar_test(y_true: Any, pred_a: Any, pred_b: Any, mid_p: bool = True) -> P
         low=max(-1.0, centre - margin),
         high=min(1.0, centre + margin),
         n=n,
+        level=level,
     )
 
 
@@ -174,6 +180,7 @@ def bootstrap_test(
     strata: Any = None,
     samples: int = 1000,
     seed: int = 0,
+    level: float = 0.95,
     name: str = "bootstrap",
 ) -> PairedTest:
     """Bootstrap test of metric(y_true, a) - metric(y_true, b), for any metric and clustered rows.
@@ -199,6 +206,7 @@ def bootstrap_test(
         strata: (n,) drawing happens within each.
         samples: Resamples B.
         seed: Same seed, same answer.
+        level: Of the interval.
         name: Goes to `test`, with " (clustered)" where clusters are given.
 
     Returns:
@@ -207,6 +215,7 @@ def bootstrap_test(
     Raises:
         EvaluationError: As `bootstrap_ci`.
     """
+    _check_level(level)
     truth, first, second = np.asarray(y_true), np.asarray(a), np.asarray(b)
     whole_a, whole_b, drawn, redrawn = paired_differences(
         metric,
@@ -221,7 +230,7 @@ def bootstrap_test(
     difference = whole_a - whole_b
     # A rounding error must not decide between "as far out" and "farther".
     beyond = np.abs(drawn - difference) >= abs(difference) - 1e-12
-    low, high = np.quantile(drawn, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return PairedTest(
         test=name if clusters is None else f"{name} (clustered)",
         statistic=difference,
@@ -234,6 +243,7 @@ def bootstrap_test(
         n=len(truth),
         samples=samples,
         redrawn=redrawn,
+        level=level,
     )
 
 
@@ -246,6 +256,7 @@ def f1_bootstrap_test(
     strata: Any = None,
     samples: int = 1000,
     seed: int = 0,
+    level: float = 0.95,
 ) -> PairedTest:
     """Bootstrap test of a difference of F1.
 
@@ -258,6 +269,7 @@ def f1_bootstrap_test(
         strata: As in `bootstrap_test`.
         samples: As in `bootstrap_test`.
         seed: As in `bootstrap_test`.
+        level: Of the interval.
 
     Returns:
         `test` "F1 bootstrap", estimates are F1 scores.
@@ -274,6 +286,7 @@ def f1_bootstrap_test(
         strata=strata,
         samples=samples,
         seed=seed,
+        level=level,
         name="F1 bootstrap",
     )
 
@@ -301,6 +314,17 @@ def holm(p_values: Any) -> np.ndarray:
     steps = values[order] * np.arange(len(values), 0, -1)
     adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
     return adjusted
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise EvaluationError(f"level: {level}; give a coverage between 0 and 1, 0.95 say.")
+
+
+def _normal_quantile(level: float) -> float:
+    """Standard deviations to either side that a normal interval of this coverage takes."""
+    _check_level(level)
+    return float(norm.ppf((1 + level) / 2))
 
 
 def _delong(name: str, y_true: Any, scores: Any) -> tuple[float, np.ndarray]:

@@ -135,8 +135,8 @@ def choose_c(
     missing = np.setdiff1d(y_val, y_train)
     if len(missing):
         raise ProbeError(
-            f"validation has class {missing[0]}, training has not: C cannot be chosen. Split "
-            "anew (--seed), or leave that class out."
+            f"validation has class {missing[0]}, training has not: C cannot be chosen. Leave that "
+            "class out, or move images of it to training."
         )
     design = _design(x_train)
     best: LinearProbe | None = None

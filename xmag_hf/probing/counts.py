@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path, PurePath
 
 import numpy as np
 import scipy.linalg
@@ -17,6 +18,7 @@ from sklearn.model_selection import GroupKFold, KFold
 from sklearn.preprocessing import StandardScaler
 
 from .errors import ProbeError
+from .images import IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -149,17 +151,19 @@ def nuclei_counts(
     Args:
         nuclei_csv: Columns image (or field), x, y (px of the image), type; a line a nucleus. An
             empty type is allowed (a nucleus that nobody typed) and counted nowhere.
-        ids: (N,) image of each box; a file name fits its stem too.
+        ids: (N,) image of each box. Folders and endings of image files (here or in the CSV) are
+            looked past where that leaves no doubt: f0 is images/f0.png.
         boxes: (N, 4) left, top, right, bottom in px of the image, right and bottom outside;
             infinities count whole images.
         types: K types, in the order wanted.
 
     Returns:
-        (N, K) int64. An image without a line has no nuclei, and this is logged.
+        (N, K) int64. An image without a line has no nuclei, and this is logged; see
+        `images_without_nuclei`.
 
     Raises:
         ProbeError: Unreadable file, missing column, x or y not a number, unknown type, boxes of
-            another shape, or a file that names none of the images.
+            another shape, or a file that names less than half of the images.
     """
     table = _read_nuclei(Path(nuclei_csv))
     known = {kind for nuclei in table.values() for *_, kind in nuclei} - {""}
@@ -174,15 +178,7 @@ def nuclei_counts(
         name: (np.array([(x, y) for x, y, _ in rows]), np.array([kind for *_, kind in rows]))
         for name, rows in table.items()
     }
-    found = [_image_key(str(name), places) for name in ids]
-    if not any(found):
-        raise ProbeError(
-            f"{nuclei_csv}: names none of the {len(found)} images ({ids[0]!r}, ...; the file has "
-            f"{next(iter(places))!r}, ...). Give --id-column, or the file of this data set."
-        )
-    empty = len({str(name) for name, key in zip(ids, found, strict=True) if key is None})
-    if empty:
-        logger.info("%s: %d images have no nucleus in it; counted as 0.", nuclei_csv, empty)
+    found = _image_keys(Path(nuclei_csv), ids, places)
     counts = np.zeros((len(found), len(types)), dtype=np.int64)
     for row, key in enumerate(found):
         if key is None:
@@ -194,8 +190,46 @@ def nuclei_counts(
     return counts
 
 
-def _image_key(name: str, places: dict) -> str | None:
-    return next((key for key in (name, Path(name).stem) if key in places), None)
+def images_without_nuclei(
+    nuclei_csv: Path | str, ids: Sequence[str] | np.ndarray
+) -> tuple[str, ...]:
+    """Those of `ids` that no line of the CSV names, each once; errors as `nuclei_counts`."""
+    found = _image_keys(Path(nuclei_csv), ids, _read_nuclei(Path(nuclei_csv)), log=False)
+    names = (str(name) for name, key in zip(ids, found, strict=True) if key is None)
+    return tuple(dict.fromkeys(names))
+
+
+def _image_keys(
+    path: Path, ids: Sequence[str] | np.ndarray, places: Collection[str], log: bool = True
+) -> list[str | None]:
+    """What the CSV calls each image; None where it names it nowhere."""
+    names = list(dict.fromkeys(str(name) for name in ids))
+    in_file, asked = Counter(map(_stem, places)), Counter(map(_stem, names))
+    by_stem = {_stem(key): key for key in places}
+    found: dict[str, str | None] = {}
+    for name in names:
+        stem = _stem(name)
+        doubtful = in_file[stem] > 1 or asked[stem] > 1
+        found[name] = name if name in places else None if doubtful else by_stem.get(stem)
+    empty = [name for name, key in found.items() if key is None]
+    if 2 * len(empty) > len(names):
+        raise ProbeError(
+            f"{path}: names {len(names) - len(empty) or 'none'} of the {len(names)} images "
+            f"({empty[0]!r}, ...; the file has {next(iter(places))!r}, ...). Give --id-column, the "
+            "file of this data set, or leave out images that nobody looked at."
+        )
+    if empty and log:
+        logger.warning(
+            "%s: names none of %d of %d images (%s, ...); counted as 0.",
+            *(path, len(empty), len(names), empty[0]),
+        )
+    return [found[str(name)] for name in ids]
+
+
+def _stem(name: str) -> str:
+    """Without folders and without the ending of an image file."""
+    path = PurePath(name)
+    return path.stem if path.suffix.lower() in IMAGE_SUFFIXES else path.name
 
 
 def _read_nuclei(path: Path) -> dict[str, list[tuple[float, float, str]]]:

@@ -7,6 +7,7 @@ so that every encoder answers for the same cells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def embed_cells(
     Args:
         images: Of one view.
         encoder: On its device.
-        target_mpp: 2.0 or 0.5, within 10%.
+        target_mpp: 2.0 or 0.5; others would be embedded at those under their own name.
         cache_dir: As in `features.embed_images`.
         batch_size: Squares per call.
         num_threads: Decode ahead.
@@ -97,14 +98,7 @@ def embed_cells(
         ProbeError: Another scale, an input that is not 224 px, an encoder without spatial
             features at 2.0 um/px, no whole cell in any image, and what `embed_images` refuses.
     """
-    coarse = abs(target_mpp / STUDENT_MPP - 1) < 0.1
-    if not coarse and abs(target_mpp / TEACHER_MPP - 1) >= 0.1:
-        raise ProbeError(
-            f"{encoder.name} at {target_mpp:g} um/px: the dense probe compares the sixteen spatial "
-            f"features at {STUDENT_MPP} with sixteen patches at {TEACHER_MPP}; give one of those."
-        )
-    if encoder.input_px != PATCH_PX:
-        raise ProbeError(f"{encoder.name}: takes {encoder.input_px} px; cells need {PATCH_PX}.")
+    coarse = check_cell_encoder(encoder.name, encoder.input_px, target_mpp)
     check_scales(images, STUDENT_MPP if coarse else TEACHER_MPP, max_enlarge)
     make = _coarse if coarse else _fine
     mpp, kind = (STUDENT_MPP, "spatial") if coarse else (TEACHER_MPP, "cells")
@@ -120,6 +114,29 @@ def embed_cells(
         num_threads=num_threads,
         advance=advance,
     )
+
+
+def check_cell_encoder(name: str, input_px: int, target_mpp: float) -> bool:
+    """Whether an encoder gives cells by its spatial features (at 2.0 um/px), or each on its own.
+
+    Args:
+        name: Of the encoder.
+        input_px: Side of its input.
+        target_mpp: um/px.
+
+    Raises:
+        ProbeError: Another scale, or an input that is not 224 px.
+    """
+    coarse = math.isclose(target_mpp, STUDENT_MPP)
+    if not coarse and not math.isclose(target_mpp, TEACHER_MPP):
+        raise ProbeError(
+            f"{name} at {target_mpp:g} um/px: the dense probe compares the sixteen spatial "
+            f"features at {STUDENT_MPP} with sixteen patches at {TEACHER_MPP}; give one of those "
+            "as its --mpp."
+        )
+    if input_px != PATCH_PX:
+        raise ProbeError(f"{name}: takes {input_px} px; cells need {PATCH_PX}.")
+    return coarse
 
 
 def _coarse(split: ImageSplit, max_enlarge: float) -> Wanted:

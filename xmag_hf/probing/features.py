@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import shutil
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,7 +37,7 @@ from .patches import MAX_ENLARGE, RECIPE, scaled_size, scaled_squares
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: pooling
 CHUNK_IMAGES = 512  # what an interrupted run loses at most
 # Index of an image -> its squares (k, side, side, 3) uint8.
 Cut = Callable[[int], np.ndarray]
@@ -55,6 +58,7 @@ class FeatureIdentity:
         revision: Of its weights.
         precision: fp32, bf16 or fp16.
         normalisation: Mean, sd and input size as text.
+        pooling: How the encoder makes one vector of its tokens or map.
         corpus_fingerprint: Of the images.
         mpp: um/px at which the encoder saw them.
         recipe: From image to squares, and from squares to rows.
@@ -64,6 +68,7 @@ class FeatureIdentity:
     revision: str
     precision: str
     normalisation: str
+    pooling: str
     corpus_fingerprint: str
     mpp: float
     recipe: str
@@ -84,6 +89,7 @@ def feature_identity(
         encoder.revision,
         encoder.precision,
         encoder.normalisation,
+        encoder.card.pooling,
         images.fingerprint,
         float(mpp),
         recipe,
@@ -100,6 +106,7 @@ def embed_images(
     num_threads: int = 2,
     max_enlarge: float = MAX_ENLARGE,
     advance: Callable[[int], None] = _silent,
+    checked: Callable[[int], None] = _silent,
 ) -> dict[str, np.ndarray]:
     """Embed every image as the mean over its squares (`patches.scaled_squares`).
 
@@ -112,6 +119,7 @@ def embed_images(
         num_threads: Decode and resample ahead.
         max_enlarge: See `scaled_squares`.
         advance: Called with the number of images finished.
+        checked: Called with the number of images found to decode, which comes first.
 
     Returns:
         Split -> (N, D) float32, in the order of the split.
@@ -144,6 +152,7 @@ def embed_images(
         batch_size=batch_size,
         num_threads=num_threads,
         advance=advance,
+        checked=checked,
     )
     return {name: features for name, (features, _) in found.items()}
 
@@ -181,6 +190,7 @@ def cached_rows(
     batch_size: int = 64,
     num_threads: int = 2,
     advance: Callable[[int], None] = _silent,
+    checked: Callable[[int], None] = _silent,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Rows of every split: read from the cache, or computed and put there.
 
@@ -195,6 +205,7 @@ def cached_rows(
         batch_size: Squares per call.
         num_threads: Decode ahead.
         advance: Called with the number of images finished.
+        checked: As `embed_images`.
 
     Returns:
         Split -> features (rows, D) float32, and image (rows,) int64, the image of each row.
@@ -206,7 +217,8 @@ def cached_rows(
     paths = {name: folder / f"{name}.h5" for name in wanted}
     missing = [name for name, path in paths.items() if not path.is_file()]
     for name in missing:
-        check_decodes(wanted[name].split, num_threads)
+        mark = cache_dir / "decoded" / f"{identity.corpus_fingerprint}-{name}.txt"
+        _check_once(wanted[name].split, mark, num_threads, checked)
     for name, path in paths.items():
         if name not in missing:
             advance(len(wanted[name].split))
@@ -220,7 +232,24 @@ def cached_rows(
     return {name: _read(path, wanted[name].split, identity) for name, path in paths.items()}
 
 
-def check_decodes(split: ImageSplit, num_threads: int) -> None:
+def _check_once(
+    split: ImageSplit, mark: Path, num_threads: int, checked: Callable[[int], None]
+) -> None:
+    """`check_decodes`, unless an earlier row or run has found these very bytes sound.
+
+    `mark` is named after the fingerprint, and says so.
+    """
+    text = f"All {len(split)} images decode with Pillow {PIL.__version__}.\n"
+    if mark.is_file() and mark.read_text() == text:
+        return
+    check_decodes(split, num_threads, checked)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_text(text)
+
+
+def check_decodes(
+    split: ImageSplit, num_threads: int, checked: Callable[[int], None] = _silent
+) -> None:
     """Decode every image once, so that a damaged one is found before hours of encoding.
 
     JPEGs are decoded at an eighth of their size: it reads all of the file at a third of the cost.
@@ -230,7 +259,11 @@ def check_decodes(split: ImageSplit, num_threads: int) -> None:
     """
     with ThreadPoolExecutor(num_threads) as pool:
         found = pool.map(lambda index: _damage(split, index), range(len(split)))
-        errors = [error for error in found if error]
+        errors = []
+        for error in found:
+            checked(1)
+            if error:
+                errors.append(error)
     if errors:
         more = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
         raise ProbeError(f"{len(errors)} of {len(split)}: {'; '.join(errors[:5])}{more}")
@@ -283,9 +316,9 @@ def _compute(
     for start in range(0, len(wanted.split), CHUNK_IMAGES):
         rows = range(start, min(start + CHUNK_IMAGES, len(wanted.split)))
         path = partial / f"{rows.start:08d}-{rows.stop:08d}.npz"
-        if path.is_file():
-            with np.load(path) as stored:
-                chunk, counts = stored["features"], stored["counts"]
+        stored = _stored_chunk(path, len(rows))
+        if stored is not None:
+            chunk, counts = stored
             advance(len(rows))
         else:
             chunk, counts = _compute_chunk(wanted, engine, rows, advance)
@@ -296,6 +329,22 @@ def _compute(
         features.append(chunk)
         image.append(np.repeat(np.arange(rows.start, rows.stop), counts))
     return np.concatenate(features), np.concatenate(image)
+
+
+def _stored_chunk(path: Path, images: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """A chunk that an interrupted run left; None where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as stored:
+            chunk, counts = stored["features"], stored["counts"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("%s: damaged (%s); computed anew.", path, error)
+        return None
+    if len(counts) != images or counts.sum() != len(chunk):
+        logger.warning("%s: not of %d images; computed anew.", path, images)
+        return None
+    return chunk, counts
 
 
 def _compute_chunk(

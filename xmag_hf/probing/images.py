@@ -32,8 +32,17 @@ FILE_COLUMNS = ("file", "file_name", "image")
 GROUP_COLUMNS = ("patient_id", "slide_id")
 # Columns that this project's own data sets give one tissue at two scales in, and their um/px.
 SCALED_COLUMNS = {"image_20x": 0.5, "image_5x": 2.0}
+SCALE_COLUMNS = {"image_5x": "mpp_5x"}  # the um/px of other image columns is in `mpp`
+SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 NO_GROUPS = "-"
+# Tissue arrays and whole resections are legitimate; Pillow takes half of this for an attack.
+MAX_PIXELS = 2**30  # 3 GB as RGB
 _MOST_SHOWN = 5
+_DAMAGE = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress shown."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,8 @@ class ImageSplit:
         return len(self.ids)
 
     def size(self, index: int) -> tuple[int, int]:
-        """(width, height) of one image in px, from its header."""
-        with Image.open(io.BytesIO(self.read(index))) as image:
-            return image.size
+        """(width, height) of one image in px, from its header; errors as `image`."""
+        return self._decoded(index, lambda image: image.size)
 
     def image(self, index: int) -> Image.Image:
         """Decode one image.
@@ -69,20 +77,44 @@ class ImageSplit:
             index: 0 to n - 1.
 
         Returns:
-            RGB.
+            RGB; what is transparent is white, as glass is.
 
         Raises:
-            ProbeError: Its bytes are no image, or are cut short; the id is named.
+            ProbeError: Its bytes are no image, are cut short, or hold more than 8 bits of grey,
+                which have no agreed way to 8; the id is named.
         """
+        return self._decoded(index, lambda image: _rgb(image, f"image {self.ids[index]!r}"))
+
+    def _decoded(self, index: int, take: Callable[[Image.Image], Any]) -> Any:
         try:
             with Image.open(io.BytesIO(self.read(index))) as image:
-                return image.convert("RGB")
-        # Pillow raises all of these on damaged files, depending on the format.
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+                return take(image)
+        except ProbeError:
+            raise
+        except Image.DecompressionBombError as error:
             raise ProbeError(
-                f"image {self.ids[index]!r} (row {index}) does not decode: {error}. Repair it or "
+                f"image {self.ids[index]!r}: {error} Cut it into parts, or raise "
+                "PIL.Image.MAX_IMAGE_PIXELS if you trust it."
+            ) from error
+        # Pillow raises all of these on damaged files, depending on the format.
+        except _DAMAGE as error:
+            raise ProbeError(
+                f"image {self.ids[index]!r} does not decode: {error}. Repair it or "
                 "leave it out of the data set."
             ) from error
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise ProbeError(
+            f"{name}: grey values of more than 8 bits (mode {image.mode}); which of them are black "
+            "and white is not known. Convert it to 8-bit RGB."
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -129,41 +161,50 @@ class _Table:
     read: Callable[[int], bytes]
 
 
-def open_images(options: ProbeOptions) -> LabelledImages:
+def open_images(
+    options: ProbeOptions, step: Callable[[int, int], None] = _silent
+) -> LabelledImages:
     """Open a data set, check its columns, and take its fingerprint.
 
     Args:
         options: Data, columns, scale.
+        step: Called while the fingerprint is taken: images read since the last call, and in all.
 
     Returns:
-        The images, with labels unless `options.nuclei_csv` asks for counts. Order is the file's;
-        a folder without a CSV is sorted naturally (img2 before img10).
+        The images, with labels unless `options.nuclei_csv` asks for counts. Whatever they come
+        from, they are sorted naturally by id (img2 before img10): folds depend on the order.
 
     Raises:
         ProbeError: No such data, column, label or scale, doubled ids, or a missing file; the
             subject, the value and the remedy are named.
     """
     folder = Path(options.data).expanduser()
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or MAX_PIXELS, MAX_PIXELS // 2)
     if options.labels_csv is not None:
-        table = _table_of_csv(folder, Path(options.labels_csv).expanduser(), options)
-        return _open_view(options, {"all": table})
+        path = Path(options.labels_csv).expanduser()
+        return _open_view(options, _tables_of_csv(folder, path, options), step)
     if options.nuclei_csv is not None and folder.is_dir() and _image_files(folder):
-        return _open_view(options, {"all": _table_of_folder(folder)})
+        return _open_view(options, {"all": _table_of_folder(folder)}, step)
     dataset = _load(options, folder)
     first = next(iter(dataset.values()))
     names = _class_names(first, options.label_column or "label")
-    views = []
-    for column, mpp in _image_columns(options, first).items():
+    views: list[LabelledImages] = []
+    ids: dict[str, np.ndarray] | None = None
+    for column in _image_columns(options, first):
         tables = {name: _table_of_dataset(split, column) for name, split in dataset.items()}
-        views.append(_open_view(options, tables, names, mpp))
+        if ids is None:  # of the first view for all: they decide the order
+            ids = {name: _ids(options, name, table) for name, table in tables.items()}
+        views.append(_open_view(options, tables, step, names, column, ids))
     return dataclasses.replace(views[0], views=tuple(views) if len(views) > 1 else ())
 
 
 def _open_view(
     options: ProbeOptions,
     tables: dict[str, _Table],
+    step: Callable[[int, int], None],
     names: list[str] | None = None,
-    mpp: float | None = None,
+    image_column: str = "",
+    ids: dict[str, np.ndarray] | None = None,
 ) -> LabelledImages:
     classes: tuple[str, ...] = ()
     labels: dict[str, np.ndarray | None] = dict.fromkeys(tables)
@@ -173,27 +214,37 @@ def _open_view(
     for name, table in tables.items():
         if not table.stems:
             raise ProbeError(f"{options.data}: split {name!r} has no images.")
-        splits[name] = ImageSplit(
-            ids=_ids(options, name, table),
+        split = ImageSplit(
+            ids=_ids(options, name, table) if ids is None else ids[name],
             labels=labels[name],
             groups=_groups(options, name, table),
-            mpp=_scales(options, name, table, mpp),
+            mpp=_scales(options, name, table, image_column),
             read=table.read,
         )
+        splits[name] = _sorted(split)
     name = options.data.rstrip("/").rsplit("/", 1)[-1]
-    return LabelledImages(name, _fingerprint(splits, options.num_threads), splits, classes)
+    return LabelledImages(name, _fingerprint(splits, options.num_threads, step), splits, classes)
+
+
+def _sorted(split: ImageSplit) -> ImageSplit:
+    """The split in natural order of its ids."""
+    keys = [natural_key(str(name)) for name in split.ids]
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    return ImageSplit(
+        ids=split.ids[order],
+        labels=None if split.labels is None else split.labels[order],
+        groups=None if split.groups is None else split.groups[order],
+        mpp=split.mpp[order],
+        read=lambda index: split.read(int(order[index])),
+    )
 
 
 # --- where rows come from --------------------------------------------------------------------
 
 
-def _table_of_csv(folder: Path, path: Path, options: ProbeOptions) -> _Table:
-    if not path.is_file():
-        raise ProbeError(f"--labels-csv {path}: no such file.")
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        rows = list(reader)
-        header = list(reader.fieldnames or ())
+def _tables_of_csv(folder: Path, path: Path, options: ProbeOptions) -> dict[str, _Table]:
+    """One table a value of the column split; without that column, one."""
+    header, rows = _csv_rows(path)
     wanted = [options.image_column] if options.image_column else FILE_COLUMNS
     column = next((name for name in wanted if name in header), None)
     if column is None or not rows:
@@ -205,14 +256,45 @@ def _table_of_csv(folder: Path, path: Path, options: ProbeOptions) -> _Table:
     if short:
         raise ProbeError(f"{path} line {short[0]}: not {len(header)} values as its header.")
     files = [folder / row[column] for row in rows]
+    twice = [str(file) for file, count in Counter(f.resolve() for f in files).items() if count > 1]
+    if twice:
+        raise ProbeError(
+            f"{path}: names {', '.join(twice[:_MOST_SHOWN])} more than once ({len(twice)} such "
+            "files); an image has one line."
+        )
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise ProbeError(
             f"{path}: {len(missing)} of {len(files)} files are not there: "
             f"{', '.join(missing[:_MOST_SHOWN])}. {column} is taken relative to --data {folder}."
         )
-    columns = {name: [row[name] for row in rows] for name in header if name != column}
-    return _Table(columns, [file.stem for file in files], _file_reader(files))
+    places: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        split = row["split"].strip() if "split" in header else "all"
+        if not split:
+            raise ProbeError(f"{path} line {number + 2}: split is empty; fill it or drop the line.")
+        places.setdefault(SPLIT_NAMES.get(split, split), []).append(number)
+    tables = {}
+    for split, own in places.items():
+        columns = {name: [rows[n][name] for n in own] for name in header if name != column}
+        chosen = [files[n] for n in own]
+        tables[split] = _Table(columns, [file.stem for file in chosen], _file_reader(chosen))
+    return tables
+
+
+def _csv_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Header and lines."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            rows = list(reader)
+            return list(reader.fieldnames or ()), rows
+    except FileNotFoundError as error:
+        raise ProbeError(f"--labels-csv {path}: no such file.") from error
+    except UnicodeDecodeError as error:
+        raise ProbeError(f"--labels-csv {path}: {error}. Save it as UTF-8.") from error
+    except (OSError, csv.Error) as error:
+        raise ProbeError(f"--labels-csv {path}: cannot be read as CSV: {error}.") from error
 
 
 def _table_of_folder(folder: Path) -> _Table:
@@ -222,13 +304,13 @@ def _table_of_folder(folder: Path) -> _Table:
 
 def _image_files(folder: Path) -> list[Path]:
     files = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(files, key=lambda file: _natural(file.name))
+    return sorted(files, key=lambda file: natural_key(file.name))
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Key that puts img2 before img10."""
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Key that puts img2 before img10, and img02 and img2 in an order of their own."""
     parts = re.findall(r"\d+|\D+", name)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in parts], name
 
 
 def _file_reader(files: Sequence[Path]) -> Callable[[int], bytes]:
@@ -255,14 +337,20 @@ def _load(options: ProbeOptions, folder: Path) -> dict[str, Any]:
         ) from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {str(loaded.split or "all"): loaded}
-    splits: dict[str, Any] = {str(name): split for name, split in loaded.items()}
+    splits: dict[str, Any] = {
+        SPLIT_NAMES.get(str(name), str(name)): split for name, split in loaded.items()
+    }
+    if len(splits) < len(loaded):
+        raise ProbeError(
+            f"--data {options.data}: {', '.join(map(str, loaded))} are one split twice."
+        )
     if not splits:
         raise ProbeError(f"--data {options.data}: no splits in it.")
     return splits
 
 
-def _image_columns(options: ProbeOptions, dataset: Any) -> dict[str, float | None]:
-    """Image column -> its um/px where the column's own name says it; several are views."""
+def _image_columns(options: ProbeOptions, dataset: Any) -> list[str]:
+    """Columns of images; several are views."""
     import datasets
 
     columns = [n for n, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
@@ -272,15 +360,21 @@ def _image_columns(options: ProbeOptions, dataset: Any) -> dict[str, float | Non
                 f"--image-column {options.image_column}: {options.data} has "
                 f"{', '.join(dataset.features)}."
             )
-        return {options.image_column: SCALED_COLUMNS.get(options.image_column)}
+        return [options.image_column]
     if set(columns) == set(SCALED_COLUMNS):
-        return dict(SCALED_COLUMNS)
+        if options.data_mpp is not None:
+            raise ProbeError(
+                f"--data-mpp {options.data_mpp:g}: {options.data} holds "
+                f"{', '.join(SCALED_COLUMNS)}, whose scales are known. Leave it out, or name one "
+                "column with --image-column."
+            )
+        return list(SCALED_COLUMNS)
     if len(columns) != 1:
         raise ProbeError(
             f"{options.data}: {len(columns)} image columns ({', '.join(columns) or 'none'} of "
             f"{', '.join(dataset.features)}); name one with --image-column."
         )
-    return {columns[0]: SCALED_COLUMNS.get(columns[0])}
+    return columns
 
 
 def _table_of_dataset(dataset: Any, column: str) -> _Table:
@@ -329,7 +423,7 @@ def _labels(
     values: dict[str, list[Any]] = {}
     for split, table in tables.items():
         found = _column(options, table, column, "--label-column", split)
-        missing = [i for i, v in enumerate(found) if v is None or v == "" or (names and v < 0)]
+        missing = [i for i, v in enumerate(found) if _blank(v) or (names and v < 0)]
         if missing:
             raise ProbeError(
                 f"{options.data}: {len(missing)} of {len(found)} images of split {split!r} have no "
@@ -391,36 +485,56 @@ def _groups(options: ProbeOptions, split: str, table: _Table) -> np.ndarray | No
         if column is None:
             return None
     values = _column(options, table, column, "--group-column", split)
-    missing = [row for row, value in enumerate(values) if value is None or value == ""]
+    missing = [row for row, value in enumerate(values) if _blank(value)]
     if missing:
+        shown = ", ".join(map(str, missing[:_MOST_SHOWN])) + ", ..." * (len(missing) > _MOST_SHOWN)
         raise ProbeError(
-            f"{options.data}: {len(missing)} images of split {split!r} have no {column} (first: "
-            f"row {missing[0]}). Fill it, or say --group-column {NO_GROUPS}."
+            f"{options.data}: {len(missing)} images of split {split!r} have no {column} (rows "
+            f"{shown}). Fill it, or say --group-column {NO_GROUPS}."
         )
     return np.array([str(value) for value in values], dtype=object)
 
 
-def _scales(options: ProbeOptions, split: str, table: _Table, mpp: float | None) -> np.ndarray:
-    """um/px of each image: --data-mpp, else a column mpp, else what the column's name says."""
-    if options.data_mpp is not None and mpp is None:
-        return np.full(len(table.stems), options.data_mpp)
-    if mpp is not None and options.data_mpp is not None and options.image_column is None:
-        raise ProbeError(
-            f"--data-mpp {options.data_mpp:g}: {options.data} holds {', '.join(SCALED_COLUMNS)}, "
-            "whose scales are known. Leave it out, or name one column with --image-column."
-        )
-    if mpp is not None:
-        return np.full(len(table.stems), options.data_mpp or mpp)
-    if "mpp" not in table.columns:
-        raise ProbeError(
-            f"{options.data}: the um/px of its images is not known. Give --data-mpp F, or a column "
-            "mpp; without a scale no encoder can be shown the tissue at its own."
-        )
-    scales = np.array([_number(value) for value in table.columns["mpp"]])
-    wrong = np.flatnonzero(~(np.isfinite(scales) & (scales > 0)))
+def _blank(value: Any) -> bool:
+    """None, NaN (also as pandas writes it), or nothing but space."""
+    return value is None or str(value).strip().lower() in ("", "nan")
+
+
+def _scales(options: ProbeOptions, split: str, table: _Table, image_column: str) -> np.ndarray:
+    """um/px of each image: the column mpp (mpp_5x), else --data-mpp, else the column's name.
+
+    --data-mpp fills a column that says nothing; it does not overrule one that does.
+    """
+    column = SCALE_COLUMNS.get(image_column, "mpp")
+    nominal = SCALED_COLUMNS.get(image_column)
+    if column not in table.columns and "mpp" in table.columns and nominal is not None:
+        # `mpp` may be that of an image_20x beside it; then the name is all there is.
+        found = np.array([_number(value) for value in table.columns["mpp"]])
+        column = "mpp" if (abs(np.log2(found / nominal)) < 1).all() else column
+    if column not in table.columns:
+        given = options.data_mpp or nominal
+        if given is None:
+            raise ProbeError(
+                f"{options.data}: the um/px of its images is not known. Give --data-mpp F, or a "
+                "column mpp; without a scale no encoder can be shown the tissue at its own."
+            )
+        return np.full(len(table.stems), given)
+    values = table.columns[column]
+    scales = np.array([_number(value) for value in values])
+    good = np.isfinite(scales) & (scales > 0)
+    if options.data_mpp is not None:
+        other = np.flatnonzero(good & ~np.isclose(scales, options.data_mpp, rtol=0.01))
+        if len(other):
+            raise ProbeError(
+                f"--data-mpp {options.data_mpp:g}: column {column} says {values[other[0]]} in row "
+                f"{other[0]} of split {split!r} ({len(other)} rows differ). Leave --data-mpp out, "
+                "or correct the column."
+            )
+        return np.where(good, scales, options.data_mpp)
+    wrong = np.flatnonzero(~good)
     if len(wrong):
         raise ProbeError(
-            f"{options.data}: mpp is {table.columns['mpp'][wrong[0]]!r} in row {wrong[0]} of split "
+            f"{options.data}: {column} is {values[wrong[0]]!r} in row {wrong[0]} of split "
             f"{split!r} ({len(wrong)} rows); need um/px above 0. Fix it, or give --data-mpp F."
         )
     return scales
@@ -433,8 +547,10 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _fingerprint(splits: dict[str, ImageSplit], num_threads: int) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(
+    splits: dict[str, ImageSplit], num_threads: int, step: Callable[[int, int], None]
+) -> str:
+    digest, total = hashlib.sha256(), sum(len(split) for split in splits.values())
     with ThreadPoolExecutor(num_threads) as pool:
         for name, split in sorted(splits.items()):
             digest.update(f"{name} {len(split)}\n".encode())
@@ -442,6 +558,7 @@ def _fingerprint(splits: dict[str, ImageSplit], num_threads: int) -> str:
             digest.update(np.ascontiguousarray(split.mpp, dtype="<f8").tobytes())
             for part in _hashes(split, pool):
                 digest.update(part)
+                step(1, total)
     return digest.hexdigest()
 
 

@@ -65,7 +65,9 @@ class ProbeOptions:
     )
     data_mpp: float | None = _option(None, "um/px of the images; none: their column mpp")
     max_enlarge: float = _option(
-        1.1, "refuse images whose um/px is coarser than what a row wants by more than this factor"
+        1.25,
+        "refuse images whose um/px is coarser than what a row wants by more than this factor; "
+        "cameras on 20x microscopes give up to 0.62 um/px, which counts as 20x (0.5)",
     )
     image_column: str | None = _option(
         None,
@@ -78,6 +80,11 @@ class ProbeOptions:
         "resampled together; none: patient_id, else slide_id, where there is one; '-': no groups",
     )
     id_column: str | None = _option(None, "none: the file's stem, else split and row")
+    allow_shared_groups: bool = _option(
+        False,
+        "accept an official split with one group (slide, patient) on both sides; its scores are "
+        "too good, which the report says. Intervals still draw whole groups",
+    )
 
     cross_validate: bool = _option(
         False, "pool all splits and cross-validate, though there is a test split"
@@ -142,8 +149,11 @@ class ProbeOptions:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             raise ProbeError(f"--methods {unknown or ''}: choose from {', '.join(METHODS)}.")
-        if not self.shots or min(self.shots) < 1 or not self.c_grid or min(self.c_grid) <= 0:
-            raise ProbeError("--shots and --c-grid need values above 0.")
+        for name in ("shots", "c_grid"):
+            values = getattr(self, name)
+            if not values or not all(math.isfinite(value) and value > 0 for value in values):
+                given = " ".join(f"{value:g}" for value in values) or "(nothing)"
+                raise ProbeError(f"--{name.replace('_', '-')} {given}: give values above 0.")
         if self.teacher_at_5x and self.teacher is None:
             raise ProbeError("--teacher-at-5x needs --teacher NAME.")
         if self.dense and self.nuclei_csv is None:

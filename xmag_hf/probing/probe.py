@@ -2,94 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from xmag_hf._version import __version__
-from xmag_hf.encoders import Encoder, EncoderCard, check_encoder, load_encoder, student_size
+from xmag_hf.encoders import Encoder, check_encoder, load_encoder
 
-from . import report
-from .counts import count_probe, nuclei_counts, nuclei_types
-from .dense import cell_boxes, embed_cells
+from . import report, tables
+from .counts import count_probe, images_without_nuclei, nuclei_counts, nuclei_types
+from .dense import cell_boxes, check_cell_encoder, embed_cells
 from .errors import ProbeError
 from .features import check_scales, embed_images
 from .images import LabelledImages, open_images
-from .options import STUDENT_MPP, TEACHER_MPP, ProbeOptions
-from .protocols import Predictions, cross_validated, official_split
+from .options import ProbeOptions
+from .protocols import (
+    Predictions,
+    check_protocol,
+    cross_validated,
+    is_official,
+    official_split,
+)
+from .record import ProbeResult, RowResult, describe, record
+from .rows import Row, pairs, plan_rows
+from .scoring import (
+    FEW_SHOT,
+    Comparison,
+    Question,
+    Score,
+    class_questions,
+    compare,
+    count_questions,
+    score,
+)
 
-logger = logging.getLogger(__name__)
-
-PACKAGES = ["torch", "timm", "transformers", "datasets", "numpy", "scipy", "scikit-learn", "pillow"]
-# Called with what is being embedded, images finished since the last call, and images in all.
+# Called with what is being done, steps finished since the last call, and steps in all.
 Advance = Callable[[str, int, int], None]
 
 
 def _silent(what: str, done: int, total: int) -> None:
     """No progress shown."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the report: an encoder at a scale.
-
-    Attributes:
-        label: Unique; names files and lines.
-        role: `model`, or which control it is.
-        name: As `load_encoder` takes it.
-        mpp: um/px at which it sees the tissue.
-    """
-
-    label: str
-    role: str
-    name: str
-    mpp: float
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """What came of a row.
-
-    Attributes:
-        row: The row.
-        encoder: Facts of the encoder: revision, precision, normalisation, licence, width.
-        questions: What is scored.
-        scores: With intervals.
-        details: Method -> what the protocol says of it (chosen C, folds ...).
-    """
-
-    row: Row
-    encoder: dict[str, Any]
-    questions: list[report.Question]
-    scores: list[report.Score]
-    details: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """A finished probe, as it was written to `options.out`.
-
-    Attributes:
-        options: As given.
-        data: Name, fingerprint, splits, classes, groups, share of the largest class.
-        rows: In order; tests are against the first.
-        comparisons: Paired tests.
-        seconds: Of the whole run.
-    """
-
-    options: ProbeOptions
-    data: dict[str, Any]
-    rows: list[RowResult]
-    comparisons: list[report.Comparison]
-    seconds: float
 
 
 def run_probe(options: ProbeOptions, advance: Advance = _silent) -> ProbeResult:
@@ -100,124 +55,65 @@ def run_probe(options: ProbeOptions, advance: Advance = _silent) -> ProbeResult:
         advance: For progress bars.
 
     Returns:
-        The result; `options.out` holds results.json, predictions and the confusion picture.
+        The result; `options.out` holds results.json, the tables, predictions and the confusion
+        pictures.
 
     Raises:
         ProbeError: Data, rows or labels that cannot be used.
         EncoderError: An encoder that cannot be had; all are asked for before data is read.
     """
     began = time.perf_counter()
-    report.check_out(Path(options.out))
+    out = report.check_out(Path(options.out))
     rows = plan_rows(options)
-    images = open_images(options)
+    images = open_images(options, lambda done, total: advance("reading images", done, total))
     for row in rows:
         check_scales(images.at(row.mpp), row.mpp, options.max_enlarge)
-    folder = report.open_report(Path(options.out))
+        if options.dense:
+            check_cell_encoder(row.name, check_encoder(row.name).input_px, row.mpp)
+    # What cannot be done with these labels or nuclei is said before anything is embedded.
+    if options.nuclei_csv is None:
+        check_protocol(images, options)
+    else:
+        image_counts(images, options)
+    folder = report.open_report(out)
     results = []
     for row in rows:
         encoder = load_encoder(row.name, device=device(options), precision=precision(options))
         results.append(_probe_row(row, encoder, images, options, folder, advance))
         del encoder  # the next one may need the memory
-    comparisons = report.compare(
-        [result.questions for result in results], samples=options.samples, seed=options.seed
-    )
+    comparisons = _compare(rows, results, options, advance)
+    data = describe(images, _protocol(images, options))
+    remarks = tables.remarks(data, results, comparisons)
     seconds = time.perf_counter() - began
-    result = ProbeResult(options, _describe(images, options), results, comparisons, seconds)
-    report.close_report(folder, Path(options.out), _record(result))
+    result = ProbeResult(options, data, results, comparisons, remarks, seconds)
+    (folder / report.TABLE).write_text(tables.markdown(result), encoding="utf-8")
+    report.close_report(folder, out, record(result))
     return result
 
 
-# --- rows ------------------------------------------------------------------------------------
+def _protocol(images: LabelledImages, options: ProbeOptions) -> str:
+    if options.nuclei_csv is not None:
+        return "cross-validation (counts)"
+    return "official split" if is_official(images, options) else "cross-validation"
 
 
-def plan_rows(options: ProbeOptions) -> list[Row]:
-    """The rows of the report, each encoder known to be had and its scale known.
-
-    Order: --model as given, --teacher at 20x, --teacher at 5x, --undistilled.
-
-    Args:
-        options: Names and scales.
-
-    Returns:
-        At least one row; labels are unique.
-
-    Raises:
-        ProbeError: No row, an encoder without a scale of its own and no --mpp, or --undistilled
-            without an XMAG to take the architecture from.
-        EncoderError: An encoder that cannot be had.
-    """
-    wanted: list[tuple[str, str, float | None]] = []
-    for name in options.model:
-        bare, mpp = split_scale(name)
-        wanted.append(("model", bare, mpp if mpp is not None else options.mpp))
-    if options.teacher is not None:
-        wanted.append(("teacher", options.teacher, TEACHER_MPP))
-        if options.teacher_at_5x:
-            wanted.append(("teacher at 5x", options.teacher, STUDENT_MPP))
-    if not wanted:
-        raise ProbeError("nothing to probe: give --model or --teacher.")
-    cards = {name: check_encoder(name) for _, name, _ in wanted}
-    if options.undistilled is not None:
-        size = _student_size([split_scale(name)[0] for name in options.model], cards)
-        name = f"{options.undistilled}:{size}"
-        if options.undistilled == "random" and options.seed:
-            name += f":{options.seed}"
-        cards[name] = check_encoder(name)
-        wanted.append((f"undistilled ({options.undistilled})", name, STUDENT_MPP))
-    rows = []
-    for role, name, mpp in wanted:
-        mpp = _own_scale(name, cards[name]) if mpp is None else mpp
-        rows.append(Row(f"{_short(name)}@{mpp:g}", role, name, mpp))
-    return _unique(rows)
-
-
-def split_scale(name: str) -> tuple[str, float | None]:
-    """NAME@MPP -> its parts; a name without a number after an @ is left whole."""
-    bare, _, scale = name.rpartition("@")
-    try:
-        mpp = float(scale) if bare else None
-    except ValueError:
-        return name, None
-    if mpp is not None and not mpp > 0:
-        raise ProbeError(f"--model {name}: um/px must be above 0.")
-    return (bare, mpp) if bare else (name, None)
-
-
-def _own_scale(name: str, card: EncoderCard) -> float:
-    if card.mpp is None:
-        raise ProbeError(
-            f"{name}: was made for natural images and has no um/px of its own. Say --mpp F (0.5 "
-            f"for 20x, 2.0 for 5x), or {name}@0.5; as --teacher it runs at 0.5."
-        )
-    return float(card.mpp)
-
-
-def _student_size(names: list[str], cards: dict[str, EncoderCard]) -> str:
-    """Size of the first XMAG among `names`."""
-    for name in names:
-        # Only students are pooled by their own pooler, so nothing else is loaded to find out.
-        size = student_size(load_encoder(name)) if cards[name].pooling == "pooler" else None
-        if size is not None:
-            return size
-    raise ProbeError(
-        "--undistilled takes the architecture of the first XMAG among --model, and there is none "
-        "of size base, small, tiny or lite. Say --model random:SIZE or start:SIZE instead."
+def _compare(
+    rows: list[Row], results: list[RowResult], options: ProbeOptions, advance: Advance
+) -> list[Comparison]:
+    wanted = pairs(rows)
+    tested = [q for q in results[0].questions if not q.method.startswith(FEW_SHOT)]
+    total = len(wanted) * len(tested)
+    return compare(
+        [result.questions for result in results],
+        samples=options.samples,
+        level=options.level,
+        seed=options.seed,
+        pairs=wanted,
+        step=lambda: advance("paired tests", 1, total),
     )
 
 
-def _short(name: str) -> str:
-    """Last part of a path or repository."""
-    return name.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _unique(rows: list[Row]) -> list[Row]:
-    seen: dict[str, int] = {}
-    unique = []
-    for row in rows:
-        seen[row.label] = count = seen.get(row.label, 0) + 1
-        label = row.label if count == 1 else f"{row.label}#{count}"
-        unique.append(dataclasses.replace(row, label=label))
-    return unique
+# --- encoders and embeddings -----------------------------------------------------------------
 
 
 def device(options: ProbeOptions) -> str:
@@ -260,6 +156,7 @@ def row_features(
         num_threads=options.num_threads,
         max_enlarge=options.max_enlarge,
         advance=lambda done: advance(row.label, done, _size(images)),
+        checked=lambda done: advance("checking images", done, _size(images)),
     )
 
 
@@ -286,13 +183,10 @@ def _probe_row(
         if options.dense:
             more, about = _count_cells(row, encoder, images, options, folder, advance)
             questions, details = questions + more, details | about
-    scores = [
-        score
-        for question in questions
-        for score in report.score(
-            question, samples=options.samples, level=options.level, seed=options.seed
-        )
-    ]
+    scores: list[Score] = []
+    for question in questions:
+        scores += score(question, samples=options.samples, level=options.level, seed=options.seed)
+        advance(f"{row.label} scores", 1, len(questions))
     facts = {
         "name": encoder.name,
         "revision": encoder.revision,
@@ -305,30 +199,27 @@ def _probe_row(
     return RowResult(row, facts, questions, scores, details)
 
 
-def is_official(images: LabelledImages, options: ProbeOptions) -> bool:
-    """Whether the data set's own test split is used; else it is pooled and cross-validated."""
-    return {"train", "test"} <= images.splits.keys() and not options.cross_validate
-
-
 def _classify(
     row: Row,
     features: dict[str, np.ndarray],
     images: LabelledImages,
     options: ProbeOptions,
     folder: Path,
-) -> tuple[list[report.Question], dict[str, Any]]:
+) -> tuple[list[Question], dict[str, Any]]:
     protocol = official_split if is_official(images, options) else cross_validated
     answers = protocol(features, images, options)
     questions, details = [], {}
     for answer in answers:
-        questions += report.class_questions(
+        questions += class_questions(
             row.label, answer.method, answer.labels, answer.probabilities, answer.groups
         )
         details[answer.method] = answer.details
         path = folder / "predictions" / report.predictions_name(row.label, answer.method)
+        few = answer.method.startswith(FEW_SHOT)
         report.write_class_predictions(
-            path, answer.ids, answer.groups, answer.labels, answer.probabilities, images.classes
-        )
+            path, answer.ids, answer.groups, answer.labels, answer.probabilities, images.classes,
+            digits=report.FEW_SHOT_DIGITS if few else report.EXACT_DIGITS,
+        )  # fmt: skip
     _draw(row, answers[0], images, folder)
     return questions, details
 
@@ -341,7 +232,8 @@ def _draw(row: Row, answer: Predictions, images: LabelledImages, folder: Path) -
     probabilities = repeats[0] if repeats.ndim == 3 else repeats
     path = folder / report.predictions_name(row.label, answer.method).replace(".csv", ".png")
     predicted = probabilities.argmax(axis=1)
-    title = f"{row.label}, {answer.method}, {images.name}"
+    of = f" (repeat 1 of {len(repeats)})" if repeats.ndim == 3 and len(repeats) > 1 else ""
+    title = f"{row.label}, {answer.method}, {images.name}{of}"
     draw_confusion(answer.labels, predicted, images.classes, path, title=title)
 
 
@@ -351,14 +243,31 @@ def _count(
     images: LabelledImages,
     options: ProbeOptions,
     folder: Path,
-) -> tuple[list[report.Question], dict[str, Any]]:
+) -> tuple[list[Question], dict[str, Any]]:
     """Counts of nuclei per image from one embedding each."""
-    splits = [images.splits[name] for name in features]
-    x = np.concatenate(list(features.values()))
-    ids = np.concatenate([split.ids for split in splits])
-    groups = _pooled_groups(images)
+    x = np.concatenate([features[name] for name in images.splits])
+    ids, counts = image_counts(images, options)
+    return _regress(row, "counts", images, x, ids, counts, _pooled_groups(images), options, folder)
+
+
+def image_counts(images: LabelledImages, options: ProbeOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Nuclei of each type in each whole image.
+
+    Returns:
+        (N,) ids of all splits in their order, and (N, K) int64 counts.
+
+    Raises:
+        ProbeError: As `nuclei_counts`, or a type that is equally frequent everywhere.
+    """
+    ids = np.concatenate([split.ids for split in images.splits.values()])
     everywhere = np.tile([-np.inf, -np.inf, np.inf, np.inf], (len(ids), 1))
-    return _regress(row, "counts", x, ids, everywhere, groups, options, folder)
+    path, types = _nuclei(options)
+    return ids, nuclei_counts(path, ids, everywhere, types)
+
+
+def _nuclei(options: ProbeOptions) -> tuple[Path, tuple[str, ...]]:
+    path = Path(str(options.nuclei_csv)).expanduser()
+    return path, options.nuclei_types or nuclei_types(path)
 
 
 def _count_cells(
@@ -368,7 +277,7 @@ def _count_cells(
     options: ProbeOptions,
     folder: Path,
     advance: Advance,
-) -> tuple[list[report.Question], dict[str, Any]]:
+) -> tuple[list[Question], dict[str, Any]]:
     """Counts of nuclei per grid cell; cells of one image (or group) stay together."""
     view = images.at(row.mpp)
     found = embed_cells(
@@ -395,26 +304,24 @@ def _count_cells(
             f"--dense: no image of {images.name} holds a whole cell (112 um a side) of the grid of "
             "a centred 5x patch."
         )
-    together = np.concatenate(groups)
-    return _regress(
-        row, "cells", x, np.concatenate(ids), np.concatenate(boxes), together, options,
-        folder,
-    )  # fmt: skip
+    path, types = _nuclei(options)
+    names, together = np.concatenate(ids), np.concatenate(groups)
+    counts = nuclei_counts(path, names, np.concatenate(boxes), types)
+    return _regress(row, "cells", images, x, names, counts, together, options, folder)
 
 
 def _regress(
     row: Row,
     method: str,
+    images: LabelledImages,
     x: np.ndarray,
     ids: np.ndarray,
-    boxes: np.ndarray,
+    counts: np.ndarray,
     groups: np.ndarray | None,
     options: ProbeOptions,
     folder: Path,
-) -> tuple[list[report.Question], dict[str, Any]]:
-    path = Path(str(options.nuclei_csv)).expanduser()
-    types = options.nuclei_types or nuclei_types(path)
-    counts = nuclei_counts(path, ids, boxes, types)
+) -> tuple[list[Question], dict[str, Any]]:
+    path, types = _nuclei(options)
     constant = [name for name, column in zip(types, counts.T, strict=True) if np.ptp(column) == 0]
     if constant:
         raise ProbeError(
@@ -428,71 +335,23 @@ def _regress(
         folder / "predictions" / report.predictions_name(row.label, method),
         ids, groups, log_counts, predictions, types,
     )  # fmt: skip
-    questions = report.count_questions(row.label, method, types, log_counts, predictions, groups)
+    # Cells whose images are in no group are drawn image by image.
+    grouped = _pooled_groups(images) is not None
+    together = "image" if method == "cells" and not grouped else "group"
+    units = ("cell" if method == "cells" else "image", together)
+    questions = count_questions(row.label, method, types, log_counts, predictions, groups, units)
     totals = {name: int(total) for name, total in zip(types, counts.sum(axis=0), strict=True)}
-    return questions, {method: {"rows": len(x), "nuclei": totals}}
+    details: dict[str, Any] = {"rows": len(x), "nuclei": totals}
+    empty = images_without_nuclei(path, ids)
+    if empty:
+        details["images_without_nuclei"] = list(empty)
+        details["remarks"] = [
+            f"{path.name} names none of {len(empty)} images ({empty[0]}, ...); counted as 0 nuclei."
+        ]
+    return questions, {method: details}
 
 
 def _pooled_groups(images: LabelledImages) -> np.ndarray | None:
     groups = [split.groups for split in images.splits.values()]
     found = [own for own in groups if own is not None]
     return np.concatenate(found) if len(found) == len(groups) else None
-
-
-# --- the record ------------------------------------------------------------------------------
-
-
-def _describe(images: LabelledImages, options: ProbeOptions) -> dict[str, Any]:
-    splits = {}
-    for name, split in images.splits.items():
-        splits[name] = {"images": len(split), "mpp": [split.mpp.min(), split.mpp.max()]}
-        if split.groups is not None:
-            splits[name]["groups"] = len(set(split.groups))
-        if split.labels is not None:
-            counts = np.bincount(split.labels, minlength=len(images.classes))
-            splits[name]["labels"] = dict(zip(images.classes, counts.tolist(), strict=True))
-            # What always answering with the commonest class would score.
-            splits[name]["majority"] = counts.max() / counts.sum()
-    if options.nuclei_csv is not None:
-        protocol = "cross-validation (counts)"
-    else:
-        protocol = "official split" if is_official(images, options) else "cross-validation"
-    return {
-        "name": images.name,
-        "fingerprint": images.fingerprint,
-        "classes": images.classes,
-        "splits": splits,
-        "protocol": protocol,
-    }
-
-
-def _record(result: ProbeResult) -> dict[str, Any]:
-    rows = [
-        {
-            "row": vars(row.row),
-            "encoder": row.encoder,
-            "scores": row.scores,
-            "details": row.details,
-        }
-        for row in result.rows
-    ]
-    return {
-        "format": "xmag-probe",
-        "format_version": report.FORMAT_VERSION,
-        "options": vars(result.options),
-        "versions": {"xmag_hf": __version__} | _versions(),
-        "data": result.data,
-        "rows": rows,
-        "comparisons": result.comparisons,
-        "seconds": result.seconds,
-    }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # datasets, on a machine that reads folders only
-            continue
-    return found

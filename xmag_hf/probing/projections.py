@@ -25,7 +25,9 @@ from .pictures import (
     read_class_predictions,
     tsne,
 )
-from .probe import Advance, device, plan_rows, precision, row_features
+from .probe import Advance, device, precision, row_features
+from .record import shown_options
+from .rows import plan_rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ def project(
         EncoderError: An encoder that cannot be had.
     """
     rows = plan_rows(options)
-    images = open_images(options)
+    images = open_images(options, lambda done, total: advance("reading images", done, total))
     names = _splits(picture.split, images.splits)
     labels = np.concatenate([_labels(images.name, images.splits[name]) for name in names])
     ids = np.concatenate([images.splits[name].ids for name in names])
@@ -128,18 +130,8 @@ def _labels(name: str, split: ImageSplit) -> np.ndarray:
 
 
 def _about(options: ProbeOptions, picture: PictureOptions) -> dict[str, str]:
-    given = dataclasses.asdict(options) | dataclasses.asdict(picture)
-    # File names only: a picture that is shown around should not tell where a disk is.
-    given = {key: value for key, value in given.items() if key not in ("out", "cache_dir")}
-    given["model"] = [_bare(name) for name in options.model]
-    for key in ("data", "labels_csv", "teacher"):
-        given[key] = None if given[key] is None else _bare(given[key])
+    given = shown_options(options) | dataclasses.asdict(picture)
     return {"Software": f"xmag_hf {__version__}", "Comment": json.dumps(given, default=str)}
-
-
-def _bare(name: str) -> str:
-    """The last part of a local path; a Hub id or table name as it is."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _write_positions(path: Path, ids: np.ndarray, labels: list[str], panels: list[Panel]) -> None:

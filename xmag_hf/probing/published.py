@@ -30,15 +30,29 @@ class PublishedRow:
     auc: float
 
 
-PUBLISHED: dict[str, tuple[PublishedRow, ...]] = {
-    "spider-breast": (
-        PublishedRow("Phikon", 0.5, 0.861, 0.863, 0.992),
-        PublishedRow("UNI2", 0.5, 0.878, 0.863, 0.994),
-        PublishedRow("XMAG", 2.0, 0.878, 0.816, 0.988),
+@dataclass(frozen=True)
+class PublishedSet:
+    """A data set with its number of classes, by which it is recognised, and its rows."""
+
+    classes: int
+    rows: tuple[PublishedRow, ...]
+
+
+PUBLISHED: dict[str, PublishedSet] = {
+    "spider-breast": PublishedSet(
+        18,
+        (
+            PublishedRow("Phikon", 0.5, 0.861, 0.863, 0.992),
+            PublishedRow("UNI2", 0.5, 0.878, 0.863, 0.994),
+            PublishedRow("XMAG", 2.0, 0.878, 0.816, 0.988),
+        ),
     ),
-    "spider-crc": (
-        PublishedRow("Phikon", 0.5, 0.892, 0.891, 0.994),
-        PublishedRow("UNI2", 0.5, 0.895, 0.894, 0.994),
-        PublishedRow("XMAG", 2.0, 0.828, 0.827, 0.990),
+    "spider-crc": PublishedSet(
+        13,
+        (
+            PublishedRow("Phikon", 0.5, 0.892, 0.891, 0.994),
+            PublishedRow("UNI2", 0.5, 0.895, 0.894, 0.994),
+            PublishedRow("XMAG", 2.0, 0.828, 0.827, 0.990),
+        ),
     ),
 }
