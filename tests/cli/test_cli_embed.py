@@ -77,11 +77,13 @@ def test_annotations_by_slide(tmp_path, slide, capsys):
     (tmp_path / "notes" / "tissue.geojson").write_text(
         json.dumps({"type": "Polygon", "coordinates": [ring]})
     )
-    slide.with_name("other.tif").write_bytes(slide.read_bytes())
+    slide.with_name("other[a].tif").write_bytes(slide.read_bytes())  # rich would take [a] for a tag
     out = tmp_path / "bags"
     command = ["embed", str(slide.parent), "--model", "random:tiny", "--out", str(out), "--quiet"]
     assert main([*command, "--tissue-geojson", str(tmp_path / "notes")]) == 1
-    assert "other.geojson" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "other[a].geojson" in printed
+    assert "│ other[a] " in printed
     assert read_bag(out / "tissue.h5").info.tissue.startswith("geojson:")
 
 

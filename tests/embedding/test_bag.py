@@ -173,6 +173,43 @@ def test_what_is_no_bag(tmp_path, bag):
         read_bag(tmp_path / "absent.h5")
 
 
+def test_coordinates_that_are_no_pixels_are_refused(tmp_path):
+    """um, cut to whole numbers, would be places of another scale."""
+    for name, coords in (("um", [[0.0, 56.5], [113.1, 0.0]]), ("nan", [[0.0, np.nan], [1, 1]])):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["features"], file["coords"] = np.ones((2, 3), np.float32), np.array(coords)
+        with pytest.raises(BagError, match="no level-0 pixels"):
+            read_bag(tmp_path / f"{name}.h5")
+    with h5py.File(tmp_path / "whole.h5", "w") as file:
+        file["features"], file["coords"] = (
+            np.ones((2, 3), np.float32),
+            np.array([[0.0, 56], [7, 8]]),
+        )
+    assert read_bag(tmp_path / "whole.h5").coords.tolist() == [[0, 56], [7, 8]]
+
+
+def test_a_later_format_is_not_guessed_at(tmp_path, bag):
+    path = write_bag(tmp_path / "s1.h5", bag)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 2
+    with pytest.raises(BagError, match="format 2"):
+        read_bag(path)
+
+
+def test_damage_within_a_file_names_the_file(tmp_path):
+    """HDF5's checksum finds it; h5py alone raises OSError without the path."""
+    path = tmp_path / "s1.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("features", data=np.ones((8, 4), np.float32), fletcher32=True)
+        file["coords"] = np.zeros((8, 2), np.int64)
+        offset = file["features"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(BagError, match=r"s1\.h5: damaged"):
+        read_bag(path)
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_embeddings_that_are_no_numbers_are_not_written(tmp_path, bag, value):
     bag.features[2, 3] = value
@@ -204,6 +241,7 @@ def test_arrays_that_do_not_fit_are_refused():
         {"coords": np.ones((3, 2), np.int32)},
         {"coords": np.ones((2, 2), np.int64)},
         {"tokens": np.ones((2, 16, 4), np.float16)},
+        {"tokens": np.ones((3, 4, 16), np.float16)},
     ):
         with pytest.raises(BagError, match="a bag has"):
             Bag("s", **(good | wrong))

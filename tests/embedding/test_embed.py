@@ -220,6 +220,37 @@ def test_a_finished_slide_is_left_alone_only_if_it_is_the_same(tmp_path, slide, 
     assert statuses(embed_slides(sources, out, encoder, OPTIONS)) == {"own": "ok"}
 
 
+def test_a_scale_said_once_is_not_taken_for_the_file_s_own(tmp_path, slide, encoder):
+    """The bag of a run with --slide-mpp has other coordinates than one without."""
+    out = tmp_path / "out"
+    given = dataclasses.replace(OPTIONS, slide_mpp=0.49)
+    assert statuses(embed_slides([SlideSource(slide)], out, encoder, given)) == {"tissue": "ok"}
+    assert statuses(embed_slides([SlideSource(slide)], out, encoder, given)) == {
+        "tissue": "present"
+    }
+    summary = embed_slides([SlideSource(slide)], out, encoder, OPTIONS)
+    assert statuses(summary) == {"tissue": "refused"}
+    assert 'mpp0 0.49 there, "the file\'s own" asked for' in summary.records[0].reason
+
+
+def test_a_decoder_s_odd_error_costs_its_slide_only(tmp_path, slide, encoder):
+    """A GeoJSON nested too deep raises RecursionError."""
+    deep = tmp_path / "deep.geojson"
+    deep.write_text('{"type": "Feature", "geometry": ' * 20_000 + "null" + "}" * 20_000)
+    sources = [SlideSource(slide, "first", tissue_geojson=deep), SlideSource(slide, "second")]
+    summary = embed_slides(sources, tmp_path / "out", encoder, OPTIONS)
+    assert statuses(summary) == {"first": "failed", "second": "ok"}
+    assert summary.records[0].reason.startswith("first: RecursionError")
+
+
+def test_a_summary_of_another_version_is_no_obstacle(tmp_path, slide, encoder):
+    out = tmp_path / "out"
+    embed_slides([SlideSource(slide)], out, encoder, OPTIONS)
+    (out / "summary.json").write_text('{"records": [{"slide_id": "tissue", "status": "ok"}]}')
+    summary = embed_slides([SlideSource(slide)], out, encoder, OPTIONS)
+    assert statuses(summary) == {"tissue": "present"}
+
+
 def test_a_lock_of_a_dead_process_and_its_leavings_are_cleared(tmp_path, slide, encoder):
     from xmag_hf.embedding.lock import host
 
@@ -319,6 +350,7 @@ def test_wrong_calls_fail_before_any_work(tmp_path, slide, encoder):
         ([SlideSource(slide), SlideSource(slide)], "'tissue' stands for"),
         ([SlideSource(slide, "a/b")], "'a/b' cannot name a file"),
         ([SlideSource(slide, ".hidden")], "cannot name a file"),
+        ([SlideSource(slide, "caf\udce9")], "unprintable"),  # a Latin-1 name on a UTF-8 system
         ([SlideSource(slide, "x" * 201)], "200 bytes"),
     ):
         with pytest.raises(EmbedError, match=said):

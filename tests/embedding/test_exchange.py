@@ -136,6 +136,45 @@ def test_what_cannot_be_exported(tmp_path, bag):
         export_bag(bag, tmp_path, "zarr")
 
 
+def test_the_scale_of_an_import_is_that_of_the_file_s_own_sizes(tmp_path):
+    """A tool that cuts by magnification: 512 px of 0.2524 um for 256 px at "20x" are 0.5048."""
+    path = tmp_path / "case.h5"
+    with h5py.File(path, "w") as file:
+        file["features"], file["coords"] = np.ones((2, 3), np.float32), np.array([[0, 0], [512, 0]])
+        file["coords"].attrs.update({"patch_size": 256, "patch_size_level0": 512})
+    back = import_bag(path, "trident", mpp0=0.2524)
+    assert back.info.mpp == pytest.approx(0.5048)
+    assert back.info.width_level0 == pytest.approx(512)
+    for wrong in ({"mpp": 0.5}, {"mpp": 2.0}):
+        with pytest.raises(BagError, match=r"0\.5048 um/px"):
+            import_bag(path, "trident", mpp0=0.2524, **wrong)
+    assert import_bag(path, "trident", mpp0=0.25, mpp=0.5).info.mpp == 0.5
+
+
+def test_our_rounded_width_is_no_contradiction(tmp_path, bag):
+    export_bag(bag, tmp_path, "trident")  # 507 for 507.13
+    back = import_bag(tmp_path / "case-1.svs.h5", "trident", mpp=0.5, mpp0=0.2524)
+    assert back.info.width_level0 == 256 * 0.5 / 0.2524
+
+
+@pytest.mark.parametrize("wrong", [{"mpp0": 0.0}, {"mpp": -1.0}, {"patch_px": 0}, {"mpp0": np.nan}])
+def test_scales_that_are_none(tmp_path, bag, wrong):
+    export_bag(bag, tmp_path, "stamp")
+    with pytest.raises(BagError, match="above 0"):
+        import_bag(tmp_path / "case-1.svs.h5", "stamp", **({"mpp0": 0.25} | wrong))
+
+
+def test_um_px_come_back_as_they_were(tmp_path, bag):
+    """0.1 * 3 / 3 is 0.10000000000000002: a head would refuse the bag for it."""
+    mpps = [0.1, 0.47, 0.55, 1.1, 2.2]
+    for mpp in mpps:
+        for px in (3, 224, 256, 333):
+            info = dataclasses.replace(INFO, mpp=mpp, patch_px=px)
+            export_bag(dataclasses.replace(bag, info=info), tmp_path, "stamp", overwrite=True)
+            back = import_bag(tmp_path / "case-1.svs.h5", "stamp", mpp0=0.2524, mpp=mpp)
+            assert back.info.mpp == mpp
+
+
 def test_a_contradiction_is_not_overruled(tmp_path, bag):
     export_bag(bag, tmp_path, "trident")
     with pytest.raises(BagError, match="patch_px 256, but 224"):

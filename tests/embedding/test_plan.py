@@ -40,7 +40,13 @@ def test_no_scale_and_too_much_overlap():
         patch_geometry(ENCODERS["resnet50"], EmbedOptions())
     with pytest.raises(EmbedError, match="256 px"):
         patch_geometry(ENCODERS["phikon"], EmbedOptions(overlap=256))
-    for wrong in ({"mpp": 0.0}, {"tissue": 2.0}, {"overlap": -1}, {"pooling": "max"}):
+    for wrong in (
+        {"mpp": 0.0},
+        {"tissue": 2.0},
+        {"mpp": float("inf")},
+        {"overlap": -1},
+        {"pooling": "max"},
+    ):
         with pytest.raises(EmbedError, match=next(iter(wrong))):
             EmbedOptions(**wrong)
 
@@ -77,6 +83,16 @@ def test_overlap_and_edges(half):
     assert sorted({x for x, _ in made.coords.tolist()})[:4] == [0, 50, 100, 150]
     assert made.padded.tolist() == [x + 100 > 1000 or y + 100 > 1000 for x, y in made.coords]
     assert made.padded.any()
+
+
+def test_a_preview_of_patches_smaller_than_its_pixels(tmp_path, tissue):
+    """A sliver past the edge, and patches of 2 px: less than a pixel of the picture."""
+    path = write_tiff(tmp_path / "sliver.tif", [tissue[:201, :201]], mpp=0.5)
+    options = {"tissue": 1e-6, "pad_edges": True}
+    made = plan(path, **options)
+    assert [200, 200] in made.coords.tolist()
+    draw_preview(made)
+    draw_preview(plan(path, patch_px=2, **options))
 
 
 def square(x0, y0, x1, y1):

@@ -18,7 +18,7 @@ from xmag_hf.embedding import read_bag
 @pytest.fixture
 def slides(tmp_path: Path, tissue) -> list[str]:
     (tmp_path / "slides").mkdir()
-    crops = [tissue[top : top + 500, 300:900] for top in range(0, 480, 80)]
+    crops = [tissue[top : top + 500, 300:900] for top in range(0, 480, 120)]
     return [
         str(write_tiff(tmp_path / "slides" / f"s{number}.tif", [crop], mpp=0.5))
         for number, crop in enumerate(crops)
@@ -33,7 +33,7 @@ def run(mode: str, out: Path, n: int, slides: list[str]) -> None:
     subprocess.run(command, check=True, env=environment, timeout=600)
 
 
-@pytest.mark.parametrize("moments", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_leaves_whole_bags_or_none(tmp_path, slides, moments):
     run("kill", tmp_path, moments, slides)
     whole = {path.name: read_bag(path) for path in (tmp_path / "whole").glob("*.h5")}
@@ -54,6 +54,7 @@ def test_killed_at_any_moment_it_leaves_whole_bags_or_none(tmp_path, slides, mom
     assert statuses <= {"ok", "present"}
 
 
+@pytest.mark.slow
 def test_two_processes_do_each_slide_once(tmp_path, slides):
     out = tmp_path / "out"
     run("share", out, 2, slides)

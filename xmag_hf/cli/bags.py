@@ -46,10 +46,11 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         try:
             for name in _convert(path, args):
                 lost[name] = lost.get(name, 0) + 1
-        except BagError as error:
+        except (BagError, PermissionError, FileNotFoundError) as error:
             failed += 1
             console.print(f"failed: {error}", markup=False, soft_wrap=True)
-    console.print(f"{len(files) - failed} of {len(files)} bags in {args.out}", soft_wrap=True)
+    done = f"{len(files) - failed} of {len(files)} bags in {args.out}"
+    console.print(done, markup=False, soft_wrap=True)
     if lost:
         console.print(f"{args.to} cannot hold: {', '.join(lost)}", markup=False, soft_wrap=True)
     return 1 if failed else 0

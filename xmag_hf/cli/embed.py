@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -85,14 +86,14 @@ def _bar(console: Console) -> Iterator[Callback]:
 def _print_summary(summary: RunSummary) -> None:
     console = Console()
     patches = sum(record.patches for record in summary.records)
-    table = Table(title=f"{patches:,} patches in {summary.out_dir}")
+    table = Table(title=escape(f"{patches:,} patches in {summary.out_dir}"))
     table.add_column("slide", overflow="fold")
     table.add_column("status")
     for name in ("patches", "lost", "um/px", "mm2", "read s", "enc. s"):
         table.add_column(name, justify="right")
     for record in summary.records:
         table.add_row(
-            record.slide_id,
+            escape(record.slide_id),
             record.status,
             f"{record.patches:,}",
             f"{record.unreadable:,}",

@@ -13,7 +13,7 @@ from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.bag import write_atomically
 from xmag_hf.embedding.describe import SlideDescription, describe_slide
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
-from xmag_hf.embedding.sources import SLIDE_FAULTS
+from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
 
 EXAMPLE = "xmag info slides/*.svs --csv cohort.csv"
 
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         sources = named_sources(args)
     except (CorpusError, EmbedError) as error:
         parser.error(str(error))
-    found, failed = [], []
+    found: list[SlideDescription] = []
+    failed = 0
     for source in sources:
         if source.mpp is None:
             source = dataclasses.replace(source, mpp=options.slide_mpp)
@@ -68,33 +69,36 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 least_tissue=options.tissue,
             )
         except SLIDE_FAULTS as error:
-            failed.append(str(error))
+            failed += 1
+            print(f"failed: {reason_of(source.slide_id, error)}", flush=True)
             continue
         found.append(description)
-    _print(found, failed)
+        _print(description)
+    _print_totals(found)
     if args.csv is not None and found:
         write_atomically(args.csv, _csv(found).encode())
     return 1 if failed else 0
 
 
-def _print(found: list[SlideDescription], failed: list[str]) -> None:
-    for slide in found:
-        level = "too coarse for 5x" if slide.level_5x is None else f"5x from level {slide.level_5x}"
-        levels = ", ".join(f"{mpp:.4g}" for mpp in slide.level_mpps)
-        ratio = "" if slide.ratio is None else f" ({slide.ratio:.1f} times as many)"
-        print(
-            f"{slide.slide_id}: {slide.format}, {slide.bytes:,} bytes, {slide.width:,} x "
-            f"{slide.height:,} px, objective {slide.objective or 'not given'}\n"
-            f"  um/px {slide.mpp0:.4g} ({slide.mpp_source}), levels {levels}; {level}\n"
-            f"  tissue {slide.tissue_mm2:.1f} mm2; patches {slide.patches_5x:,} at 5x, "
-            f"{slide.patches_20x:,} at 20x{ratio}"
-        )
+def _print(slide: SlideDescription) -> None:
+    level = "too coarse for 5x" if slide.level_5x is None else f"5x from level {slide.level_5x}"
+    levels = ", ".join(f"{mpp:.4g}" for mpp in slide.level_mpps)
+    ratio = "" if slide.ratio is None else f" ({slide.ratio:.1f} times as many)"
+    print(
+        f"{slide.slide_id}: {slide.format}, {slide.bytes:,} bytes, {slide.width:,} x "
+        f"{slide.height:,} px, objective {slide.objective or 'not given'}\n"
+        f"  um/px {slide.mpp0:.4g} ({slide.mpp_source}), levels {levels}; {level}\n"
+        f"  tissue {slide.tissue_mm2:.1f} mm2; patches {slide.patches_5x:,} at 5x, "
+        f"{slide.patches_20x:,} at 20x{ratio}",
+        flush=True,  # a cohort takes hours
+    )
+
+
+def _print_totals(found: list[SlideDescription]) -> None:
     if len(found) > 1:
         at_5x, at_20x = (sum(getattr(s, f"patches_{m}") for s in found) for m in ("5x", "20x"))
         times = f" ({at_20x / at_5x:.1f} times as many)" if at_5x else ""
         print(f"{len(found)} slides: {at_5x:,} patches at 5x, {at_20x:,} at 20x{times}")
-    for reason in failed:
-        print(f"failed: {reason}")
 
 
 def _csv(found: list[SlideDescription]) -> str:

@@ -10,7 +10,8 @@ import dataclasses
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class Bag:
         good = features.ndim == 2 and features.dtype in (np.float16, np.float32)
         good &= coords.shape == (len(features), 2) and coords.dtype == np.int64
         if tokens is not None:
-            good &= tokens.ndim == 3 and len(tokens) == len(features)
+            good &= tokens.ndim == 3 and tokens.shape[:2] == (len(features), 16)
         if not good:
             shape = None if tokens is None else tokens.shape
             raise BagError(
@@ -207,20 +208,20 @@ def read_bag(path: str | os.PathLike[str]) -> Bag:
         The bag; its slide_id is the file's stem, and what the file does not say is None.
 
     Raises:
-        BagError: No HDF5 file, no features and coords of equal length, or data outside the file
-            (links, external storage), which is not followed.
-        OSError: The file cannot be read.
+        BagError: No HDF5 file, a damaged one, a later format, no features and coords of equal
+            length, or data outside the file (links, external storage), which is not followed.
+        OSError: The file cannot be opened.
     """
     path = Path(path)
-    with open_h5(path) as file:
+    with open_h5(path) as file, _damage_named(path):
         features = _two_axes(path, "features", own_dataset(path, file, "features"))
         coords_set = own_dataset(path, file, "coords")
-        coords = _two_axes(path, "coords", coords_set)
+        coords = whole_pixels(path, _two_axes(path, "coords", coords_set))
         tokens = own_dataset(path, file, "tokens")[()] if "tokens" in file else None
-        info = _read_info(file.attrs, coords_set.attrs)
+        info = _read_info(path, file.attrs, coords_set.attrs)
     if features.dtype not in (np.float16, np.float32):
         features = features.astype(np.float32)
-    return Bag(path.stem, features, coords.astype(np.int64), info, tokens)
+    return Bag(path.stem, features, coords, info, tokens)
 
 
 def read_info(path: str | os.PathLike[str]) -> tuple[BagInfo, dict[str, Any]]:
@@ -231,10 +232,10 @@ def read_info(path: str | os.PathLike[str]) -> tuple[BagInfo, dict[str, Any]]:
 
     Raises:
         BagError: As `read_bag`.
-        OSError: The file cannot be read.
+        OSError: The file cannot be opened.
     """
     path = Path(path)
-    with open_h5(path) as file:
+    with open_h5(path) as file, _damage_named(path):
         features = own_dataset(path, file, "features")
         coords = own_dataset(path, file, "coords")
         shape = {
@@ -243,7 +244,7 @@ def read_info(path: str | os.PathLike[str]) -> tuple[BagInfo, dict[str, Any]]:
             "features": str(features.dtype),
             "tokens": "tokens" in file,
         }
-        return _read_info(file.attrs, coords.attrs), shape
+        return _read_info(path, file.attrs, coords.attrs), shape
 
 
 def open_h5(path: Path) -> h5py.File:
@@ -261,6 +262,31 @@ def open_h5(path: Path) -> h5py.File:
         raise BagError(
             f"{path}: no complete HDF5 file ({error}). Remove it and make it again."
         ) from error
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what h5py raises on damaged content into a BagError that names the file."""
+    try:
+        yield
+    except BagError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise BagError(f"{path}: damaged ({error}). Remove it and make it again.") from error
+
+
+def whole_pixels(path: Path, coords: np.ndarray) -> np.ndarray:
+    """Coordinates as int64.
+
+    Raises:
+        BagError: Fractions or NaN: um, or scaled coordinates, are no level-0 pixels.
+    """
+    if not np.issubdtype(coords.dtype, np.integer) and (coords != np.rint(coords)).any():
+        raise BagError(
+            f"{path}: coords are no whole numbers, so no level-0 pixels. If they are um, it is "
+            "one of STAMP's files: `xmag bags import --from stamp`."
+        )
+    return coords.astype(np.int64)
 
 
 def own_dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
@@ -326,9 +352,15 @@ def trident_attributes(bag: Bag, folder: Path) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _read_info(root: Mapping[str, Any], coords: Mapping[str, Any]) -> BagInfo:
+def _read_info(path: Path, root: Mapping[str, Any], coords: Mapping[str, Any]) -> BagInfo:
     values: dict[str, Any] = dict.fromkeys(_ROOT)
     if root.get("format") == FORMAT:
+        version = int(root.get("format_version", 0))
+        if version > FORMAT_VERSION:
+            raise BagError(
+                f"{path}: bag format {version}, and this xmag_hf reads up to {FORMAT_VERSION}. "
+                "Upgrade it."
+            )
         values |= {name: _plain(name, root[name]) for name in _ROOT if name in root}
     else:
         values["patch_px"] = _whole(coords.get("patch_size"))

@@ -33,7 +33,7 @@ from .plan import PatchGeometry, SlidePlan, patch_geometry, plan_slide
 from .preview import preview_png
 from .read import READER, PatchBatch, read_patches
 from .records import RunSummary, SlideRecord, recall, write_summary
-from .sources import SLIDE_FAULTS, SlideSource
+from .sources import SLIDE_FAULTS, SlideSource, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def embed_slides(
     except BaseException:
         records = tuple(run.records.values())
         if records:
+            recall(records, out_dir)
             with contextlib.suppress(OSError):
                 write_summary(RunSummary(out_dir, records, facts))
         raise
@@ -175,11 +176,12 @@ def check_sources(sources: Sequence[SlideSource]) -> None:
     seen: dict[str, Path] = {}
     for source in sources:
         name = source.slide_id
-        bad = set(name) & set("/\\\0") or name.startswith(".")
+        bad = not name.isprintable() or set(name) & set("/\\") or name.startswith(".")
         if bad or len(name.encode()) > MAX_ID_BYTES:
             raise EmbedError(
-                f"slide_id {name!r} cannot name a file: it has slashes, begins with a dot, or is "
-                f"longer than {MAX_ID_BYTES} bytes. Give another slide_id in the slide CSV."
+                f"slide_id {name!r} cannot name a file: it has slashes or unprintable characters, "
+                f"begins with a dot, or is longer than {MAX_ID_BYTES} bytes. Give another slide_id "
+                "in the slide CSV."
             )
         if name in seen:
             raise EmbedError(
@@ -417,6 +419,10 @@ class _Run:
         found = {name: getattr(info, name, None) for name in wanted}
         found["features"] = shape["features"]
         found["tokens"] = self.options.tokens and shape["tokens"]  # more than asked for is fine
+        if "mpp0" not in wanted and info.mpp_source == "given":
+            # A scale said last time and not now: the file's own may well be another.
+            wanted["mpp0"] = "the file's own"
+            found["mpp0"] = info.mpp0
         differing = [
             f"{name} {found[name]!r} there, {value!r} asked for"
             for name, value in wanted.items()
@@ -529,9 +535,8 @@ class _Run:
 
 
 def _blame(record: SlideRecord, error: BaseException) -> None:
-    known = type(error).__module__.startswith("xmag_hf")
     record.status = "refused" if isinstance(error, SlideScaleError) else "failed"
-    record.reason = str(error) if known else f"{record.slide_id}: {type(error).__name__}: {error}"
+    record.reason = reason_of(record.slide_id, error)
 
 
 def _loaded(encoder: Encoder | str, options: EmbedOptions) -> Encoder:

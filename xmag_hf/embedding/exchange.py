@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,18 +95,59 @@ def import_bag(path: str | Path, source: str, **known: Any) -> Bag:
         OSError: The file cannot be read.
     """
     path = Path(path)
+    for name in ("mpp", "mpp0", "patch_px"):
+        value = known.get(name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise BagError(f"{name}={value!r}: it must be a number above 0.")
     if _known_format(source) == "stamp":
         bag = _read_stamp(path, known.get("mpp0"))
     else:
         bag = read_bag(path)
     info = bag.info
-    for name, value in known.items():
-        said = getattr(info, name)
-        if value is not None and said not in (None, value):
-            raise BagError(f"{path}: says {name} {said!r}, but {value!r} is given. Leave it out.")
     given = {name: value for name, value in known.items() if value is not None}
+    for name, value in given.items():
+        said = getattr(info, name)
+        if said is not None and not _same(said, value):
+            raise BagError(f"{path}: says {name} {said!r}, but {value!r} is given. Leave it out.")
     given["created_by"] = f"xmag_hf {__version__}, from {source}"
-    return dataclasses.replace(bag, info=dataclasses.replace(info, **given))
+    merged = _scaled(path, dataclasses.replace(info, **given))
+    return dataclasses.replace(bag, info=merged)
+
+
+def _same(said: Any, value: Any) -> bool:
+    if isinstance(said, float):
+        return math.isclose(said, value, rel_tol=1e-6)
+    return said == value
+
+
+def _scaled(path: Path, info: BagInfo) -> BagInfo:
+    """The info with the um/px that the patches really have, which the file's own sizes decide.
+
+    Tools that cut by magnification write 512 level-0 px for 256 px at "20x" of a slide with 0.2524
+    um/px: those patches are at 0.5048 um/px.
+
+    Raises:
+        BagError: The given um/px is not that of the file's sizes.
+    """
+    width = info.patch_size_level0
+    if not (width and info.patch_px and info.mpp0):
+        return info
+    mpp = width * info.mpp0 / info.patch_px
+    if info.mpp is None:
+        return dataclasses.replace(info, mpp=_tidy(mpp))
+    # TRIDENT rounds the width to whole pixels.
+    if abs(info.patch_px * info.mpp / info.mpp0 - width) > 0.5 + 1e-6:
+        raise BagError(
+            f"{path}: its patches, {info.patch_px} px made of {width:g} level-0 px, have "
+            f"{mpp:.6g} um/px where level 0 has {info.mpp0:g}, but {info.mpp:g} is given. Leave "
+            "--mpp out, or correct --mpp0."
+        )
+    return info
+
+
+def _tidy(mpp: float) -> float:
+    """um/px without the last digits that a division leaves: 0.47, not 0.47000000000000003."""
+    return float(f"{mpp:.12g}")
 
 
 def find_files(paths: Sequence[str | Path], source: str) -> list[Path]:
@@ -199,8 +241,10 @@ def _read_stamp(path: Path, mpp0: float | None) -> Bag:
     info = BagInfo(
         encoder=None if extractor == "unknown" else extractor,
         patch_px=None if side_px is None else int(side_px),
-        mpp=None if side_px is None or side_um is None else float(side_um) / int(side_px),
+        mpp=None if side_px is None or side_um is None else _tidy(float(side_um) / int(side_px)),
     )
+    if not np.isfinite(coords_um).all():
+        raise BagError(f"{path}: coordinates that are no numbers.")
     coords = np.rint(coords_um.astype(np.float64) / mpp0).astype(np.int64)
     if feats.dtype not in (np.float16, np.float32):
         feats = feats.astype(np.float32)

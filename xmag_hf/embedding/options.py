@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 POOLINGS = ("auto", "cls", "mean", "cls+mean")
@@ -22,12 +23,12 @@ class EmbedOptions:
 
     mpp: float | None = field(
         default=None,
-        metadata={"help": "um/px of the patches (default: the encoder's own)", "metavar": "F"},
+        metadata={"help": "um/px of the patches; none is the encoder's own", "metavar": "F"},
     )
     patch_px: int | None = field(
         default=None,
         metadata={
-            "help": "side of a patch, px at --mpp (default: what the field cuts for the encoder); "
+            "help": "side of a patch, px at --mpp; none is what the field cuts for the encoder; "
             "another size than the encoder's input is resampled to it",
             "metavar": "PX",
         },
@@ -79,8 +80,8 @@ class EmbedOptions:
     batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "patches encoded at once (default: 256 on a GPU, 32 on a CPU; halved when "
-            "memory runs out)"
+            "help": "patches encoded at once; none is 256 on a GPU, 32 on a CPU; halved when "
+            "memory runs out"
         },
     )
     threads: int = field(default=4, metadata={"help": "that read and decode patches"})
@@ -90,11 +91,11 @@ class EmbedOptions:
 
     def __post_init__(self) -> None:
         checks = (
-            ("mpp", self.mpp is None or self.mpp > 0, "above 0 um/px"),
+            ("mpp", _scale(self.mpp), "above 0 um/px"),
             ("patch_px", self.patch_px is None or self.patch_px >= 1, "at least 1 px"),
             ("overlap", self.overlap >= 0, "at least 0 px"),
             ("tissue", 0 <= self.tissue <= 1, "from 0 to 1"),
-            ("slide_mpp", self.slide_mpp is None or self.slide_mpp > 0, "above 0 um/px"),
+            ("slide_mpp", _scale(self.slide_mpp), "above 0 um/px"),
             ("pooling", self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             ("features", self.features in FEATURE_TYPES, f"one of {', '.join(FEATURE_TYPES)}"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"),
@@ -103,3 +104,7 @@ class EmbedOptions:
         for name, good, rule in checks:
             if not good:
                 raise EmbedError(f"{name}={getattr(self, name)!r}: it must be {rule}.")
+
+
+def _scale(mpp: float | None) -> bool:
+    return mpp is None or (math.isfinite(mpp) and mpp > 0)

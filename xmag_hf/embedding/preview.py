@@ -47,7 +47,8 @@ def draw_preview(plan: SlidePlan, unreadable: Collection[int] = ()) -> Image.Ima
     lost = set(unreadable)
     for row, (x, y) in enumerate(plan.coords * scale):
         colour = PADDED if plan.padded[row] else GRID
-        box = (x, y, min(x + side, size[0]) - 1, min(y + side, size[1]) - 1)
+        right, bottom = min(x + side, size[0]) - 1, min(y + side, size[1]) - 1
+        box = (x, y, max(x, right), max(y, bottom))  # Pillow refuses what is less than a pixel
         if row in lost:
             pen.line(box, UNREADABLE, 2)
             colour = UNREADABLE

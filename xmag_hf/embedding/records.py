@@ -116,9 +116,13 @@ def recall(records: Sequence[SlideRecord], out_dir: Path) -> None:
     for record in records:
         line = earlier.get(record.slide_id, {})
         if record.status == "present" and line.get("status") in ("ok", "present"):
-            record.grid_patches, record.tissue_mm2 = line["grid_patches"], line["tissue_mm2"]
-            record.first_unreadable = line["first_unreadable"]
-            record.seconds |= line["seconds"]
+            record.grid_patches, record.tissue_mm2 = (
+                line.get("grid_patches"),
+                line.get("tissue_mm2"),
+            )
+            record.first_unreadable = line.get("first_unreadable", "")
+            seconds = line.get("seconds", {})
+            record.seconds |= {stage: seconds[stage] for stage in STAGES if stage in seconds}
 
 
 def write_summary(summary: RunSummary) -> None:
