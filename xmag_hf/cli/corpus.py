@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from xmag_hf.cli.options import add_options, cores, read_options
+from xmag_hf.cli.progress import slides_bar
 from xmag_hf.data_builders import CorpusError, CorpusOptions, SlideRow, find_slides, read_slides_csv
-from xmag_hf.data_builders.build import BuildState, CorpusSummary, build_corpus
-from xmag_hf.data_builders.build import Progress as Callback
+from xmag_hf.data_builders.build import CorpusSummary, build_corpus
 from xmag_hf.data_builders.card import count_cancer_types
 from xmag_hf.data_builders.slide_list import with_csv_metadata
 from xmag_hf.data_builders.tcga import TCGA_CORPUS, tcga_slides
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except CorpusError as error:
         parser.error(str(error))
     console = Console(stderr=True, quiet=args.quiet)
-    with _bar(console) as progress:
+    with slides_bar(console, "regions") as progress:
         summary = build_corpus(slides, args.out, options, workers=args.workers, progress=progress)
     _print_summary(summary)
     return 1 if summary.problems else 0
@@ -98,32 +95,6 @@ def _slides(args: argparse.Namespace) -> list[SlideRow]:
     if not args.slides:
         raise CorpusError("No slides. Name files, folders or globs, or give --slides-csv.")
     return [SlideRow(path) for path in find_slides(args.slides)]
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callback]:
-    columns = (
-        TextColumn("slides"),
-        BarColumn(),
-        TextColumn("{task.fields[slides_done]}/{task.total:.0f}"),
-        TextColumn("regions {task.fields[regions]}, {task.fields[rate]:.1f}/s"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("slides", total=1, slides_done=0, regions=0, rate=0.0)
-
-        def show(state: BuildState) -> None:
-            elapsed = progress.tasks[task].elapsed or 0
-            progress.update(
-                task,
-                total=state.slides,
-                completed=state.share,
-                slides_done=state.slides_done,
-                regions=state.regions,
-                rate=state.regions / elapsed if elapsed else 0.0,
-            )
-
-        yield show
 
 
 def _print_summary(summary: CorpusSummary) -> None:

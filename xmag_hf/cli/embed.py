@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.progress import slides_bar
 from xmag_hf.cli.slides import add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
-from xmag_hf.embedding.embed import EmbedState, check_sources, embed_slides
-from xmag_hf.embedding.embed import Progress as Callback
+from xmag_hf.embedding.embed import check_sources, embed_slides
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.embedding.records import RunSummary
 
@@ -51,36 +48,10 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         check_sources(sources)
     except (CorpusError, EmbedError) as error:
         parser.error(str(error))
-    with _bar(Console(stderr=True, quiet=args.quiet)) as progress:
+    with slides_bar(Console(stderr=True, quiet=args.quiet), "patches") as progress:
         summary = embed_slides(sources, args.out, args.model, options, progress=progress)
     _print_summary(summary)
     return 1 if summary.problems else 0
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[Callback]:
-    columns = (
-        TextColumn("slides"),
-        BarColumn(),
-        TextColumn("{task.fields[slides_done]}/{task.total:.0f}"),
-        TextColumn("patches {task.fields[patches]}, {task.fields[rate]:.1f}/s"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("slides", total=1, slides_done=0, patches=0, rate=0.0)
-
-        def show(state: EmbedState) -> None:
-            elapsed = progress.tasks[task].elapsed or 0
-            progress.update(
-                task,
-                total=state.slides,
-                completed=state.share,
-                slides_done=state.slides_done,
-                patches=state.patches,
-                rate=state.patches / elapsed if elapsed else 0.0,
-            )
-
-        yield show
 
 
 def _print_summary(summary: RunSummary) -> None:

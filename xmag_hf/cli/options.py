@@ -7,18 +7,8 @@ import dataclasses
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeVar
-
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 Options = TypeVar("Options")
 
@@ -72,28 +62,6 @@ def read_options(options: type[Options], args: argparse.Namespace, **given: Any)
         if isinstance(value, list):
             parsed[name] = tuple(value)
     return options(**(parsed | given))
-
-
-@contextmanager
-def counting_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars, one for each name that is counted.
-
-    Args:
-        quiet: Show none.
-
-    Yields:
-        Called with (name, steps done since the last call, steps in all).
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, TimeRemainingColumn(), disable=quiet) as bars:
-
-        def advance(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.advance(tasks[name], done)
-
-        yield advance
 
 
 def cores() -> int:

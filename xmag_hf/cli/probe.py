@@ -11,7 +11,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from xmag_hf.cli.options import add_options, counting_bars, read_options
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.progress import counting_bars
 from xmag_hf.probing.options import ProbeOptions
 
 if TYPE_CHECKING:

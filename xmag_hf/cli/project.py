@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xmag_hf.cli.options import add_options, counting_bars, read_options
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.progress import counting_bars
 
 EXAMPLE = (
     "xmag project --data spider-breast --model xmag-student --teacher uni2-h --teacher-at-5x "
