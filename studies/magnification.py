@@ -36,6 +36,7 @@ from xmag_hf.probing.dense import cell_boxes, embed_cells
 from xmag_hf.probing.features import embed_images
 from xmag_hf.probing.images import LabelledImages, open_images
 from xmag_hf.probing.options import ProbeOptions
+from xmag_hf.probing.probe import image_counts
 from xmag_hf.probing.protocols import grouped_cv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,9 +187,9 @@ def cell_predictions(
 
 def field_counts(args: argparse.Namespace, fields: LabelledImages) -> np.ndarray:
     """Nuclei of every whole field, (N, types)."""
-    ids = fields.splits["all"].ids
-    everywhere = np.tile([-np.inf, -np.inf, np.inf, np.inf], (len(ids), 1))
-    return nuclei_counts(args.crchisto / "nuclei.csv", ids, everywhere, types=TYPES)
+    nuclei = str(args.crchisto / "nuclei.csv")
+    options = ProbeOptions(data=str(args.crchisto), nuclei_csv=nuclei, nuclei_types=TYPES)
+    return image_counts(fields, options)[1]
 
 
 def cell_counts(args: argparse.Namespace, fields: LabelledImages) -> tuple[np.ndarray, np.ndarray]:

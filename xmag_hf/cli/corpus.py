@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from xmag_hf.cli.options import add_options, cores, read_options
+from xmag_hf.cli.options import add_options, add_workers, read_options
 from xmag_hf.cli.progress import slides_bar
 from xmag_hf.data_builders import CorpusError, CorpusOptions, SlideRow, find_slides, read_slides_csv
 from xmag_hf.data_builders.build import CorpusSummary, build_corpus
@@ -33,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slides-dir", type=Path, metavar="DIR", help="where the CSV's or manifest's slides are"
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        default=cores(),
-        help="processes (default: the cores of this machine)",
-    )
+    add_workers(parser)
     tcga = parser.add_argument_group("TCGA", f"{TCGA_CORPUS.note}")
     tcga.add_argument("--preset", choices=["tcga"], help="slides from a GDC manifest")
     tcga.add_argument("--manifest", type=Path, metavar="F", help="GDC manifest (TSV)")

@@ -64,7 +64,18 @@ def read_options(options: type[Options], args: argparse.Namespace, **given: Any)
     return options(**(parsed | given))
 
 
-def cores() -> int:
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers, by default all cores."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        default=_cores(),
+        help="processes (default: the cores of this machine)",
+    )
+
+
+def _cores() -> int:
     """Cores this process may use: fewer than the machine has under a scheduler."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

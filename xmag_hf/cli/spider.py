@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from xmag_hf.cli.options import add_options, cores, read_options
+from xmag_hf.cli.options import add_options, add_workers, read_options
 from xmag_hf.data_builders import SpiderError, SpiderOptions, find_source
 from xmag_hf.data_builders.spider_build import SpiderSummary, build_spider
 from xmag_hf.data_builders.spider_records import ORGANS, SPLITS
@@ -38,13 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--revision", metavar="TEXT", help="of the Hub repository (default: main)")
     add_options(parser, SpiderOptions)
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        default=cores(),
-        help="processes (default: the cores of this machine)",
-    )
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
