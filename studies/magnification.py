@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", required=True, type=Path, help="paired corpus (xmag corpus)")
+    parser.add_argument("--corpus", type=Path, help="paired corpus (xmag corpus), to train on")
     parser.add_argument("--glas", required=True, type=Path, help="images/ and labels.csv")
     parser.add_argument("--crchisto", required=True, type=Path, help="images/ and nuclei.csv")
     parser.add_argument("--out", required=True, type=Path, help="students, features, results")
@@ -85,7 +85,10 @@ def parse() -> argparse.Namespace:
         "--score-only", action="store_true", help="train nothing; score what is there"
     )
     parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.corpus and not args.score_only:
+        parser.error("--corpus is needed to train; --score-only scores what is there")
+    return args
 
 
 def main() -> None:
