@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -56,6 +58,34 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     do_GET = do_HEAD
+
+
+@contextmanager
+def serving(handler: type[Hub], folder: Path, monkeypatch) -> Iterator[type[Hub]]:
+    """Let this process take 127.0.0.1 for the Hub; repositories lie in `folder`/hub."""
+    import huggingface_hub
+    from huggingface_hub.utils import close_session
+
+    handler.root, handler.gated = folder / "hub", frozenset()
+    handler.root.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants = huggingface_hub.constants
+    endpoint, template = constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE
+    here = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", here)
+    template = template.replace(endpoint, here)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    close_session()
+    try:
+        yield handler
+    finally:
+        server.shutdown()
+        server.server_close()
+        close_session()
 
 
 def main(root: str, gated: str) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import threading
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -199,24 +197,9 @@ class DataHub(loopback_hub.Hub):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The server's handler; its repositories lie in `root`."""
-    DataHub.root, DataHub.gated, DataHub.asked = tmp_path / "hub", frozenset(), []
-    DataHub.root.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), DataHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    constants = huggingface_hub.constants
-    endpoint, template = constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE
-    here = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", here)
-    template = template.replace(endpoint, here)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    close_session()
-    yield DataHub
-    server.shutdown()
-    server.server_close()
-    close_session()
+    DataHub.asked = []
+    with loopback_hub.serving(DataHub, tmp_path, monkeypatch) as handler:
+        yield handler
 
 
 def test_parts_come_from_the_hub_once(hub, root, content, monkeypatch):

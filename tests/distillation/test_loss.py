@@ -90,6 +90,31 @@ def test_relational_weight_and_mapped_targets_enter_the_loss() -> None:
     assert "loss_relational" not in expected
 
 
+def test_zoomed_views_are_compared_with_what_they_show() -> None:
+    """Shares of sub-patches by counting pixels; local loss only where cells match."""
+    torch.manual_seed(0)
+    loss = DistillationLoss(6, 4, relational_weight=0.5).eval()
+    pooled, spatial, teacher = torch.randn(4, 6), torch.randn(4, 16, 6), torch.randn(4, 16, 4)
+    zoom = torch.tensor([0.8, 0.97, 1.0, 1.2])
+    got = loss(pooled, spatial, teacher, zoom)
+    targets = []
+    for features, z in zip(teacher.numpy(), zoom.tolist(), strict=True):
+        cell_of = np.arange(16).reshape(4, 4).repeat(100, 0).repeat(100, 1)  # a region of 400 px
+        edge = max(0, round(200 - 200 * z))
+        counts = np.bincount(cell_of[edge : 400 - edge, edge : 400 - edge].ravel(), minlength=16)
+        targets.append(counts @ features / counts.sum())
+    target = torch.tensor(np.array(targets)).float()
+    projected = loss.global_head(pooled)
+    assert got["loss_global"].item() == pytest.approx(negative_cosine(projected, target).item())
+    relational = relational_loss(projected, target).item()
+    assert got["loss_relational"].item() == pytest.approx(relational, rel=1e-5)
+    local = loss.local_head(spatial.flatten(0, 1)).unflatten(0, (4, 16))
+    two_of_four = 0.5 * negative_cosine(local[1:3], teacher[1:3]).item()
+    assert got["loss_local"].item() == pytest.approx(two_of_four, rel=1e-5)
+    plain, ones = loss(pooled, spatial, teacher), loss(pooled, spatial, teacher, torch.ones(4))
+    assert all(torch.allclose(plain[name], ones[name]) for name in plain)
+
+
 def test_local_batchnorm_sees_all_cells_at_once() -> None:
     loss = DistillationLoss(2, 3)
     loss(torch.randn(4, 2), torch.randn(4, 16, 2), torch.randn(4, 16, 3))

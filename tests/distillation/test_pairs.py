@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +204,98 @@ def test_new_draws_leave_the_others_as_they_were(corpus, options) -> None:
 def test_fewer_pairs_than_a_batch(corpus, options) -> None:
     with pytest.raises(DistillationError, match="3 training pairs do not fill one batch of 4"):
         micro_batches_per_epoch(corpus, np.arange(3), options(), 1)
+
+
+def _with_columns(corpus: Corpus, folder: Path, **columns: list[bytes | None]) -> Corpus:
+    """The first shard of the corpus with more images."""
+    table = pq.read_table(corpus.shards[0])
+    for name, images in columns.items():
+        cells = [None if data is None else {"bytes": data, "path": None} for data in images]
+        table = table.append_column(name, pa.array(cells, table.schema.field("image_5x").type))
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
+    return open_corpus(str(folder))
+
+
+def _picture(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _flat(colour: int, side: int = 224) -> bytes:
+    return _picture(np.full((side, side, 3), colour, np.uint8))
+
+
+class _NoTeacher:
+    """Cached features that cost nothing."""
+
+    views = (0,)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return np.zeros((16, 3), np.float16)
+
+    def view(self, row: int, number: int) -> np.ndarray:
+        return self[row]
+
+
+def test_reading_paths_are_drawn_evenly_among_those_a_row_has(
+    corpus, options, tmp_path: Path
+) -> None:
+    scanner = [_flat(11)] * 6 + [None] * 6
+    more = _with_columns(
+        corpus, tmp_path / "c", image_5x_scanner=scanner, image_5x_fast=[_flat(22)] * 12
+    )
+    chosen = options(reading_paths=True)
+    reader = PairReader.of(chosen, _NoTeacher(), more)  # type: ignore[arg-type]
+    assert reader.columns == ["image_5x", "image_5x_scanner", "image_5x_fast"]
+    plain = dataclasses.replace(reader, student_columns=("image_5x",))
+    values = pq.read_table(more.shards[0]).to_pylist()
+    counts = {True: [0, 0, 0], False: [0, 0, 0]}  # by whether the row has three
+    for epoch in range(40):
+        for row in range(12):
+            sample, other = reader(row, epoch, values[row]), plain(row, epoch, values[row])
+            image = sample["image_5x"]
+            drawn = int(image[0, 0, 0]) if image.min() == image.max() else 0
+            counts[row < 6][(0, 11, 22).index(drawn)] += 1
+            assert torch.equal(sample["jitter"], other["jitter"])
+            if drawn == 0:
+                assert torch.equal(image, other["image_5x"])
+    assert all(abs(n - 80) < 32 for n in counts[True])  # 240 draws, four sd
+    assert counts[False][1] == 0 and abs(counts[False][0] - 120) < 32
+    for streaming in (False, True):  # nulls come through both ways of reading
+        way = options(reading_paths=True, streaming=streaming)
+        found = list(batches(more, np.arange(12), reader, way, Placement(), start=0, stop=3))
+        assert sorted(row for batch in found for row in batch["row"].tolist()) == list(range(12))
+
+
+def test_a_random_scale_shows_what_it_says(corpus, options, tmp_path: Path) -> None:
+    """The wide view is a ramp, so the view's edges and centre are known in closed form."""
+    ramp = np.repeat(np.linspace(0, 255, 336)[None, :, None], 336, 0).repeat(3, 2)
+    wide = [_picture(ramp.round().astype(np.uint8))] * 12
+    more = _with_columns(corpus, tmp_path / "c", image_5x_wide=wide)
+    chosen = options(mpp_jitter=0.2, dihedral=False, color_jitter=False)
+    assert PairReader.of(chosen, None, more).columns == ["image_5x_wide", "image_20x"]
+    reader = PairReader.of(chosen, _NoTeacher(), more)  # type: ignore[arg-type]
+    zooms = []
+    for batch in batches(more, np.arange(12), reader, chosen, Placement(), start=0, stop=12):
+        for zoom, image in zip(batch["zoom"].tolist(), batch["image_5x"], strict=True):
+            zooms.append(zoom)
+            row = image[0, 100].double()
+            # 224 px of 2 * zoom um/px, seen as px of 1.6 um/px: this many steps of the ramp each.
+            slope = (row[200] - row[23]) / 177
+            assert slope == pytest.approx(255 / 335 * zoom / 0.8, abs=0.02)
+            assert row[111:113].mean() == pytest.approx(127.5, abs=1)
+    assert 0.8 <= min(zooms) < 0.85 and 1.15 < max(zooms) <= 1.2
+    at_once = dataclasses.replace(reader, mpp_jitter=0.4)
+    with pytest.raises(DistillationError, match=r"image_5x_wide: zoom=.* hold 0.800 to 1.200"):
+        list(batches(more, np.arange(12), at_once, chosen, Placement(), start=0, stop=6))
+
+
+def test_columns_that_the_corpus_lacks(corpus, options) -> None:
+    with pytest.raises(DistillationError, match="no column image_5x_wide.*--margin 0.2"):
+        PairReader.of(options(mpp_jitter=0.2), None, corpus)
+    with pytest.raises(DistillationError, match="image_5x_scanner or image_5x_fast"):
+        PairReader.of(options(reading_paths=True), None, corpus)
+    with pytest.raises(DistillationError, match="Choose one"):
+        options(mpp_jitter=0.2, reading_paths=True)

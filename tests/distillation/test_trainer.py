@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 import os
@@ -7,11 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from xmag_hf.cli.main import main
@@ -430,3 +436,68 @@ def test_weight_decay_spares_vectors() -> None:
 def test_contradictions_are_refused_at_construction(options, change, message) -> None:
     with pytest.raises(DistillationError, match=message):
         options(**change)
+
+
+def _rewritten(pair_corpus: Path, folder: Path, change: Callable[[dict], None]) -> Path:
+    """The corpus with every pair changed in place; same shards, same fingerprint."""
+    (folder / "data").mkdir(parents=True)
+    for path in sorted((pair_corpus / "data").iterdir()):
+        table = pq.read_table(path)
+        values = table.to_pylist()
+        for pair in values:
+            change(pair)
+        pq.write_table(
+            pa.Table.from_pylist(values, schema=table.schema), folder / "data" / path.name
+        )
+    (folder / "corpus.json").write_text((pair_corpus / "corpus.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_with_a_cache_the_20x_images_are_not_decoded(
+    options, use_teacher, pair_corpus: Path, tmp_path: Path, streaming: bool
+) -> None:
+    """They hold garbage, and the run is the one on the sound corpus, digit by digit."""
+
+    def spoil(pair: dict) -> None:
+        pair["image_20x"]["bytes"] = b"no image at all"
+
+    spoilt = _rewritten(pair_corpus, tmp_path / "spoilt", spoil)
+    same = {"cache_teacher": True, "streaming": streaming, "max_steps": 3}
+    sound = options(output_dir=str(tmp_path / "sound"), **same)
+    distill(sound, quiet=True)  # fills the cache
+    damaged = options(data=str(spoilt), output_dir=str(tmp_path / "damaged"), **same)
+    distill(damaged, quiet=True)
+    assert _curve(damaged) == _curve(sound)
+    live = options(data=str(spoilt), output_dir=str(tmp_path / "live"), max_steps=1)
+    with pytest.raises(DistillationError, match="image_20x: does not decode"):
+        distill(live, quiet=True)
+
+
+def test_a_run_with_random_scales_goes_on_where_it_was(
+    options, use_teacher, pair_corpus: Path, tmp_path: Path
+) -> None:
+    wide = _rewritten(pair_corpus, tmp_path / "wide", lambda pair: None)
+    for path in (wide / "data").iterdir():
+        table = pq.read_table(path)
+        images = []
+        for pair in table.to_pylist():
+            region = Image.open(io.BytesIO(pair["image_20x"]["bytes"])).resize((336, 336))
+            buffer = io.BytesIO()
+            region.save(buffer, "PNG")
+            images.append({"bytes": buffer.getvalue(), "path": None})
+        kind = table.schema.field("image_5x").type
+        pq.write_table(table.append_column("image_5x_wide", pa.array(images, kind)), path)
+    same = {"data": str(wide), "mpp_jitter": 0.2, "cache_teacher": True}
+    whole = options(output_dir=str(tmp_path / "whole"), max_steps=4, **same)
+    distill(whole, quiet=True)
+    plain = options(data=str(wide), output_dir=str(tmp_path / "p"), cache_teacher=True, max_steps=4)
+    distill(plain, quiet=True)
+    assert _curve(plain) != _curve(whole)
+    # Within 5% of 2.0 um/px lies a quarter of the views, so the local loss is a quarter or so.
+    local = np.mean([line["loss_local"] for line in _lines(whole)])
+    assert abs(local) < 0.6 * abs(np.mean([line["loss_local"] for line in _lines(plain)]))
+    with pytest.raises(DistillationError, match="mpp_jitter: 0.2 then, 0.1 now"):
+        distill(dataclasses.replace(whole, mpp_jitter=0.1), quiet=True)
+    with pytest.raises(DistillationError, match="no column image_5x_wide"):
+        distill(options(mpp_jitter=0.1), quiet=True)

@@ -90,3 +90,41 @@ def test_memory_that_runs_out_halves_the_batch(fits):
     encoder.model.largest = 0
     with pytest.raises(torch.OutOfMemoryError):
         made(many[:1])
+
+
+def too_much(words: str | None):
+    """An allocation that fails as a CPU's does, or an error that says `words`."""
+    if words is not None:
+        raise RuntimeError(words)
+    torch.empty(1 << 46)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        None,
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_memory_that_runs_out_in_other_words(monkeypatch, words):
+    encoder = mean_colour()
+    plain = encoder.model.forward_features
+
+    def small_only(images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 3:
+            too_much(words)
+        return plain(images)
+
+    monkeypatch.setattr(encoder.model, "forward_features", small_only)
+    many = np.random.default_rng(1).integers(0, 256, (21, 224, 224, 3), np.uint8)
+    made = PatchEncoder(encoder, batch_size=8)
+    assert np.allclose(made(many).features, many.mean((1, 2)) / 255, atol=1e-5)
+    assert made.batch_size == 2
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    encoder = mean_colour()
+    monkeypatch.setattr(encoder.model, "forward_features", lambda images: images @ images[:, :, :9])
+    with pytest.raises(RuntimeError, match="shape"):
+        PatchEncoder(encoder, batch_size=8)(np.zeros((4, 224, 224, 3), np.uint8))

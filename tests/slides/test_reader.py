@@ -83,6 +83,16 @@ def test_real_tissue_at_5x(cmu_slide, cmu_pixels):
     assert np.abs(actual - expected).max() <= 1
 
 
+@pytest.mark.parametrize("size", [(20, 60), (60, 20), (40, 40)])
+def test_columns_come_before_rows_whatever_the_shape(tmp_path, size):
+    """Black and white noise overshoots, and what is clipped depends on the order of the passes."""
+    noise = np.random.default_rng(3).integers(0, 2, (400, 400, 1)).repeat(3, axis=2) * 255
+    path = write_tiff(tmp_path / "noise.tif", [noise.astype(np.uint8)], mpp=0.5)
+    with open_slide(path) as slide:
+        actual = slide.read_region((100, 120), size, 0.9)
+    assert np.abs(actual - expected_region(noise, 1, (100, 120), size, 0.9, 0.5)).max() <= 1
+
+
 def test_past_the_edge_is_white_and_the_rest_is_the_slide(pyramid):
     with open_slide(pyramid) as slide:
         corner = slide.read_region((W0 - 20, H0 - 10), 40, 0.25)

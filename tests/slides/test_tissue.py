@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -105,8 +107,9 @@ def test_otsu_against_all_cuts():
         return len(low) * len(high) * (low.mean() - high.mean()) ** 2
 
     best = max(between(cut) for cut in np.arange(30, 200) / 256)
-    assert between(otsu(values)) > 0.999 * best
-    assert 0 < otsu(np.full(50, 0.3)) <= 1
+    assert between(otsu(*np.histogram(values, 256, (0, 1)))) > 0.999 * best
+    counts, edges = np.histogram(np.full(50, 0.3), 256, (0, 1))
+    assert otsu(counts, edges) == edges[1]  # nothing to cut
 
 
 def test_fractions_against_counting_fine_cells():
@@ -131,3 +134,34 @@ def test_gaps_count_as_possible_tissue_only_if_asked() -> None:
     corner = np.array([(0, 0)])
     assert found.fractions(corner, 4.0).tolist() == [0.25]
     assert found.fractions(corner, 4.0, with_gaps=True).tolist() == [0.5]
+
+
+def test_memory_is_a_few_bytes_a_pixel(monkeypatch, tissue):
+    """A slide of 100,000 px at 0.5 um/px has 39 million pixels here; float copies would be GBs."""
+    monkeypatch.setattr("xmag_hf.slides.tissue.STRIP_PX", 1 << 15)
+    monkeypatch.setattr("xmag_hf.slides.tissue.GLASS_SAMPLE_PX", 1 << 15)
+    picture = np.tile(tissue, (3, 3, 1))
+    pixels = picture.shape[0] * picture.shape[1]
+    tracemalloc.start()
+    try:
+        mask, threshold = tissue_mask(picture, MPP)
+        found = TissueMask(mask, 16.0, MPP, threshold, np.zeros_like(mask))
+        assert tracemalloc.get_traced_memory()[1] < 16 * pixels
+        tracemalloc.reset_peak()
+        found.fractions(np.zeros((10, 2)), 900.0)
+        assert tracemalloc.get_traced_memory()[1] < 12 * pixels
+    finally:
+        tracemalloc.stop()
+
+
+def test_strips_leave_no_seam(monkeypatch, tissue):
+    """The rule of a picture, whatever the strips in which it is looked at."""
+    whole, threshold = tissue_mask(tissue, MPP)
+    monkeypatch.setattr("xmag_hf.slides.tissue.STRIP_PX", 7 * tissue.shape[1])
+    striped, same = tissue_mask(tissue, MPP)
+    assert (striped == whole).all()
+    assert same == threshold
+    monkeypatch.setattr("xmag_hf.slides.tissue.GLASS_SAMPLE_PX", 10_000)
+    sampled, near = tissue_mask(tissue, MPP)
+    assert (sampled != whole).mean() < 1e-3
+    assert near == pytest.approx(threshold, abs=0.005)

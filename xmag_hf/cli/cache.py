@@ -2,13 +2,16 @@
 
 Start it on several machines or GPUs at once with --rank 0, 1, ... and the same --world: each does
 its share of the shards, and the last to end completes the cache. Stop and start it at any moment;
-`xmag distill --cache-teacher` with the same options then finds it.
+`xmag distill --cache-teacher` with the same options then finds it. --push-to-hub sends it to the
+corpus's own data set repository (--hub-model-id ORG/NAME); training on the corpus from there pulls
+it shard by shard.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xmag_hf.cli.options import add_options, read_options
@@ -21,6 +24,7 @@ EXAMPLE = "xmag cache --data corpus --teacher uni2-h --rank 0 --world 2"
 USED = {
     *("data", "teacher", "teacher_view", "cache_dir", "cache_views", "share_sub_patches"),
     *("teacher_precision", "teacher_batch_size", "num_workers", "streaming"),
+    *("push_to_hub", "hub_model_id", "hub_private"),
 }
 
 
@@ -50,6 +54,30 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             advance=lambda pairs: bar.advance(task, pairs),
         )
     _print_report(report)
+    if not options.push_to_hub:
+        return 0
+    if report.missing:
+        print("Not pushed: run this again when no shard is missing.")
+        return 1
+    return _push(report.folder, options, args.quiet)
+
+
+def _push(folder: Path, options: DistillOptions, quiet: bool) -> int:
+    """Send the cache to the corpus's repository, where training looks for it."""
+    from rich.progress import Progress
+
+    from xmag_hf.distillation.hub_cache import push_cache
+
+    repository = str(options.hub_model_id)
+    with Progress(disable=quiet) as bar:
+        task = bar.add_task("files", total=None)
+        sent = push_cache(
+            folder,
+            repository,
+            private=options.hub_private,
+            advance=lambda files: bar.advance(task, files),
+        )
+    print(f"{sent} files sent to {repository}, teacher/{folder.name}.")
     return 0
 
 

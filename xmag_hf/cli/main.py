@@ -22,7 +22,13 @@ VERBS = {
     "project": ("xmag_hf.cli.project", "t-SNE pictures of embeddings, and confusion matrices"),
     "info": ("xmag_hf.cli.info", "slides -> size, um/px, tissue, patches at 5x and 20x"),
     "embed": ("xmag_hf.cli.embed", "slides -> one HDF5 bag of embeddings each"),
+    "mil": ("xmag_hf.cli.mil", "bags + labels -> slide-level heads, five folds by patient"),
+    "predict": ("xmag_hf.cli.predict", "bags or slides + head -> class probabilities, CSV"),
+    "bench": ("xmag_hf.cli.bench", "slides per minute here, by stage, beside the paper's encoders"),
     "bags": ("xmag_hf.cli.bags", "bags <-> TRIDENT, CLAM, STAMP"),
+    "e2e": ("xmag_hf.cli.e2e", "slides + labels + encoder -> encoder and head trained together"),
+    "heatmap": ("xmag_hf.cli.heatmap", "head + bags -> attention as picture and QuPath GeoJSON"),
+    "compare": ("xmag_hf.cli.compare", "studies on the same slides -> paired tests, intervals"),
     "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),
 }
 

@@ -118,7 +118,7 @@ def build_corpus(
             slides or options; what differs is named.
         OSError: The output cannot be written.
     """
-    from .features import FEATURES  # `datasets` takes a second to import
+    from .features import corpus_features  # `datasets` takes a second to import
 
     options = options or CorpusOptions()
     check_unique(slides)
@@ -135,8 +135,9 @@ def build_corpus(
         return _finished_corpus(out_dir, options, fingerprint, rows)
     partial = out_dir.with_name(out_dir.name + ".partial")
     parts = _prepare_partial(partial, options)
+    schema = corpus_features(options).arrow_schema
     tasks = [
-        _Task(i, row, head, options, FEATURES.arrow_schema, parts, _part_key(row.slide_id))
+        _Task(i, row, head, options, schema, parts, _part_key(row.slide_id))
         for i, (row, head) in enumerate(zip(rows, heads, strict=True))
     ]
     records = _run(tasks, workers, progress)
@@ -247,6 +248,7 @@ def _record_from(line: dict[str, Any]) -> SlideRecord:
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    theirs = asdict(CorpusOptions()) | theirs  # an option that did not exist then had its default
     return ", ".join(
         f"{key} {theirs.get(key)!r} there, {value!r} asked for"
         for key, value in mine.items()

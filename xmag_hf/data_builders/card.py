@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .pairs import SlideRecord, write_atomically
+from .reading_paths import wide_mpp, wide_px
 
 FIGURE = "cancer_types.png"
 UNKNOWN = "not given"
@@ -128,7 +129,7 @@ kept, and why a slide was skipped.
 um/px of level 0. `level`: pyramid level read. `tissue_fraction`: share of the square that is
 tissue. `slide_id`, `patient_id`, `cancer_type`, `source`: of the slide. Split by `patient_id`:
 squares of a slide overlap when `stride` is below 896.
-
+{_other_columns(corpus["options"])}
 ## Made with
 
 | option | value |
@@ -137,6 +138,23 @@ squares of a slide overlap when `stride` is below 896.
 
 Fingerprint `{corpus["fingerprint"]}`, xmag_hf {corpus["versions"]["xmag_hf"]}.
 """
+
+
+def _other_columns(options: dict[str, Any]) -> str:
+    """What the optional images are, if there are any."""
+    text = ""
+    if options["reading_paths"]:
+        text += """
+`image_5x_scanner`, `image_5x_fast`: the same square at 2.0 um/px from the scanner's own coarser
+level, and as reduced JPEG decoding shows it; null where a slide has no such level. The um/px behind
+them are in `manifest.jsonl`.
+"""
+    if options["margin"]:
+        text += f"""
+`image_5x_wide`: the square and {options["margin"]:g} of its width more, centred on it, at
+{wide_mpp(wide_px(options["margin"])):.4g} um/px.
+"""
+    return text
 
 
 def _draw(path: Path, counts: list[CancerTypeCount]) -> bool:

@@ -19,6 +19,9 @@ REDUCTION = REGION_PX // STUDENT_PX
 STUDENT_MPP = TEACHER_MPP * REDUCTION
 REGION_UM = REGION_PX * TEACHER_MPP
 CODECS = ("jpeg95", "png")
+MOST_MARGIN = 0.5  # a view at 1.0 to 3.0 um/px; beyond, it is another magnification
+# Options younger than format 1: at their defaults they change no row, hence no fingerprint.
+YOUNGER = ("reading_paths", "margin")
 
 
 class CorpusError(ValueError):
@@ -60,6 +63,22 @@ class CorpusOptions:
         default=False,
         metadata={"help": "take slides coarser than 0.55 um/px (the teacher sees invented detail)"},
     )
+    reading_paths: bool = field(
+        default=False,
+        metadata={
+            "help": "store the 5x view as other readers bring it there, too: image_5x_scanner "
+            "(from the scanner's own coarser level) and image_5x_fast (reduced decoding), for "
+            "--reading-paths of training"
+        },
+    )
+    margin: float = field(
+        default=0.0,
+        metadata={
+            "help": "above 0: store image_5x_wide, the region and this share more around it, for "
+            "--mpp-jitter of training up to this share; 0.2 is 1.6 to 2.4 um/px",
+            "metavar": "F",
+        },
+    )
     max_shard_mb: int = field(
         default=500, metadata={"help": "largest Parquet file, 10^6 bytes", "metavar": "MB"}
     )
@@ -70,6 +89,7 @@ class CorpusOptions:
             ("tissue", 0 <= self.tissue <= 1, "from 0 to 1"),
             ("mpp", self.mpp is None or self.mpp > 0, "above 0 um/px"),
             ("codec", self.codec in CODECS, f"one of {', '.join(CODECS)}"),
+            ("margin", 0 <= self.margin <= MOST_MARGIN, f"from 0 to {MOST_MARGIN:g}"),
             ("max_shard_mb", self.max_shard_mb >= 1, "at least 1"),
         )
         for name, good, rule in checks:
@@ -90,9 +110,13 @@ def corpus_fingerprint(
         sha256, hex, over options, format version, tissue rule and slides. Neither paths nor the
         number of processes enter.
     """
+    values = dataclasses.asdict(options)
+    for option in dataclasses.fields(options):
+        if option.name in YOUNGER and values[option.name] == option.default:
+            del values[option.name]
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "options": dataclasses.asdict(options),
+        "options": values,
         "tissue_method": TISSUE_METHOD,
         "slides": [list(slide) for slide in slides],
     }

@@ -2,6 +2,9 @@
 
 from datasets import Features, Image, Value
 
+from .corpus_options import CorpusOptions
+from .reading_paths import other_columns
+
 FEATURES = Features(
     {
         "image_20x": Image(),
@@ -18,3 +21,8 @@ FEATURES = Features(
         "source": Value("string"),
     }
 )
+
+
+def corpus_features(options: CorpusOptions) -> Features:
+    """Columns of a corpus made with `options`: those above, and the optional images after them."""
+    return Features(FEATURES | {name: Image() for name in other_columns(options)})

@@ -18,7 +18,7 @@ from xmag_hf.slides import SlideError, sha256_head
 
 from .build import BuildState, CorpusSummary, build_corpus
 from .corpus_options import CorpusOptions, corpus_fingerprint
-from .features import FEATURES
+from .features import FEATURES, corpus_features
 from .pairs import SlideRecord, open_row, slide_pairs
 from .slide_list import SlideRow, absolute, check_unique, read_slides_csv
 
@@ -86,7 +86,7 @@ class PairedMagnification(datasets.GeneratorBasedBuilder):
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
             description="Pairs of one square of tissue at 20x (0.5 um/px) and 5x (2.0 um/px).",
-            features=FEATURES,
+            features=corpus_features(self.config.options),
         )
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:

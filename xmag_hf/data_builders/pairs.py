@@ -35,6 +35,7 @@ from .corpus_options import (
     TEACHER_MPP,
     CorpusOptions,
 )
+from .reading_paths import other_views, view_mpps
 from .slide_list import SlideRow
 
 ROWS_PER_GROUP = 64  # about 40 MB: what a writer holds, and what a streaming reader fetches at once
@@ -53,6 +54,7 @@ class SlideRecord:
         grid_xy: Where the slide's grids start (x0, y0), level-0 px: region column k starts at
             x0 + round(k * stride * 0.5 / mpp0), and a 224 px patch column likewise with 224.
         extent_xy: Where they end, level-0 px.
+        view_mpps: um/px behind each optional view, see `reading_paths.view_mpps`.
         regions: Regions on the grid.
         pairs: Regions kept and written.
         unreadable: Regions with enough tissue that could not be decoded.
@@ -76,6 +78,7 @@ class SlideRecord:
     size_level0: tuple[int, int] | None = None
     grid_xy: tuple[int, int] | None = None
     extent_xy: tuple[int, int] | None = None
+    view_mpps: dict[str, float | None] = field(default_factory=dict)
     tissue_method: str = ""
     tissue_threshold: float | None = None
     regions: int = 0
@@ -128,7 +131,7 @@ def slide_pairs(
         SlideReadError: Not one region could be decoded.
     """
     level = slide.level_for(TEACHER_MPP, allow_coarse=options.allow_coarse)
-    _describe(record, slide, level)
+    _describe(record, slide, level, options)
     origins = grid_origins(slide, patch_px=REGION_PX, stride_px=options.stride, mpp=TEACHER_MPP)
     width0 = REGION_UM / slide.mpp0
     tissue = find_tissue(slide)
@@ -144,6 +147,7 @@ def slide_pairs(
             pixels = slide.read_region(
                 (x, y), REGION_PX, TEACHER_MPP, allow_coarse=options.allow_coarse
             )
+            others = other_views(slide, (x, y), options)
         except SlideReadError as error:
             record.unreadable += 1
             record.first_unreadable = record.first_unreadable or str(error)
@@ -168,6 +172,7 @@ def slide_pairs(
                 "level": level,
                 "tissue_fraction": fraction,
                 "source": row.source,
+                **{n: None if v is None else encode(v, "png") for n, v in others.items()},
             }
         finally:
             if report is not None:
@@ -280,7 +285,8 @@ class _PartWriter:
         self._written = 0
 
     def add(self, pair: dict[str, Any]) -> None:
-        size = len(pair["image_20x"]["bytes"]) + len(pair["image_5x"]["bytes"]) + 1024
+        images = [value for value in pair.values() if isinstance(value, dict)]
+        size = sum(len(image["bytes"]) for image in images) + 1024
         used = self._sink.tell() if self._sink is not None else 0
         if used + self._row_bytes + size > self.max_bytes and (used or self._rows):
             self._finish_part()
@@ -337,11 +343,12 @@ class _PartWriter:
         return self.folder / f"{self.key}.parquet.tmp"
 
 
-def _describe(record: SlideRecord, slide: Slide, level: int) -> None:
+def _describe(record: SlideRecord, slide: Slide, level: int, options: CorpusOptions) -> None:
     record.mpp0, record.mpp_source = slide.mpp0, slide.mpp_source
     record.level, record.level_mpp = level, slide.level_mpps[level]
     record.size_level0 = slide.size_level0
     record.grid_xy, record.extent_xy = slide.origin_xy, slide.extent_xy
+    record.view_mpps = view_mpps(slide, options)
 
 
 def _no_tissue_reason(record: SlideRecord, options: CorpusOptions) -> str:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+VIEW_PX = 224
 GRID = 4  # a 5x patch covers 4 x 4 sub-patches at 20x
 N_VIEWS = 8
 JITTER = 0.05  # brightness, contrast, saturation in [0.95, 1.05]; hue in [-0.05, 0.05] turns
@@ -102,6 +103,46 @@ def enlarged_cells(view: np.ndarray, grid: int = GRID) -> np.ndarray:
     size = (view.shape[1] * grid, view.shape[0] * grid)
     image = Image.fromarray(np.ascontiguousarray(view))
     return sub_patches(np.asarray(image.resize(size, Image.Resampling.LANCZOS)), grid)
+
+
+def zoomed_view(wide: np.ndarray, zoom: float) -> np.ndarray:
+    """The 5x view of a pair at another um/px, with the same centre.
+
+    Args:
+        wide: (S, S, 3) uint8, `image_5x_wide`: its side says what it shows. With f the share
+            (S - 224) / (S + 224) it has 2.0 * (1 - f) um/px and holds views up to 2.0 * (1 + f).
+        zoom: um/px wanted, in units of 2.0.
+
+    Returns:
+        (224, 224, 3) uint8, reduced by Lanczos.
+
+    Raises:
+        ValueError: The wide view holds no such view; the zooms that it holds are named.
+    """
+    side = len(wide)
+    share = (side - VIEW_PX) / (side + VIEW_PX)
+    if not abs(zoom - 1) <= share + 1e-6:
+        raise ValueError(f"zoom={zoom:.3f}: {side} px hold {1 - share:.3f} to {1 + share:.3f}.")
+    edge = max(0.0, (side - VIEW_PX * zoom / (1 - share)) / 2)
+    image = Image.fromarray(np.ascontiguousarray(wide))
+    box = (edge, edge, side - edge, side - edge)
+    return np.asarray(image.resize((VIEW_PX, VIEW_PX), Image.Resampling.LANCZOS, box))
+
+
+def shares_shown(zoom: Tensor, grid: int = GRID) -> Tensor:
+    """How much of each sub-patch a view at another um/px shows.
+
+    Args:
+        zoom: (B,) um/px of the view, in units of the pair's own.
+        grid: Sub-patches per side.
+
+    Returns:
+        (B, grid * grid) in [0, 1], row-major: 1 where the whole sub-patch lies in the view.
+    """
+    half = grid / 2 * zoom[:, None]  # half the view's side, in sub-patches
+    left = torch.arange(grid, dtype=zoom.dtype, device=zoom.device) - grid / 2
+    shown = (torch.minimum(left + 1, half) - torch.maximum(left, -half)).clamp(min=0)  # (B, grid)
+    return (shown[:, :, None] * shown[:, None, :]).flatten(1)
 
 
 def sample_generator(seed: int, epoch: int, row: int) -> np.random.Generator:

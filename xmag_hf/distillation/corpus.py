@@ -63,6 +63,7 @@ class Corpus:
         fingerprint: Of the options and slides that made it.
         info: Content of corpus.json, {} if there is none.
         folder: Local folder, None when streaming from the Hub.
+        columns: That every shard has.
     """
 
     location: str
@@ -72,6 +73,7 @@ class Corpus:
     fingerprint: str
     info: dict[str, Any]
     folder: Path | None
+    columns: frozenset[str]
 
     @property
     def shard_starts(self) -> np.ndarray:
@@ -100,14 +102,15 @@ def open_corpus(data: str, *, streaming: bool = False) -> Corpus:
             + (" (its .partial folder is not finished)." if data.endswith(".partial") else ".")
         )
     with ThreadPoolExecutor(INDEX_THREADS) as pool:  # thousands of shards, perhaps far away
-        tables = list(pool.map(_read_index_columns, shards))
+        tables, names = zip(*pool.map(_read_index_columns, shards), strict=True)
     rows = np.array([table.num_rows for table in tables])
     if rows.sum() == 0:
         raise DistillationError(f"{data}: the corpus holds no pair.")
     index = _index(pa.concat_tables(tables))
     info = _read_info(folder, data)
     fingerprint = info.get("fingerprint") or _index_fingerprint(index)
-    return Corpus(data, tuple(shards), rows, index, fingerprint, info, folder)
+    columns = frozenset.intersection(*names)
+    return Corpus(data, tuple(shards), rows, index, fingerprint, info, folder, columns)
 
 
 @dataclass(frozen=True)
@@ -243,14 +246,15 @@ def open_shard(shard: str) -> Iterator[pq.ParquetFile]:
         file.close(force=True)
 
 
-def _read_index_columns(shard: str) -> pa.Table:
+def _read_index_columns(shard: str) -> tuple[pa.Table, frozenset[str]]:
     with open_shard(shard) as file:
-        missing = {*INDEX_COLUMNS, "image_20x", "image_5x"} - set(file.schema_arrow.names)
+        names = frozenset(file.schema_arrow.names)
+        missing = {*INDEX_COLUMNS, "image_20x", "image_5x"} - names
         if missing:
             raise DistillationError(
                 f"{shard}: columns {sorted(missing)} are missing; not a paired corpus."
             )
-        return file.read(columns=list(INDEX_COLUMNS))
+        return file.read(columns=list(INDEX_COLUMNS)), names
 
 
 def _index(table: pa.Table) -> PairIndex:

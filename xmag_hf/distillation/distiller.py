@@ -35,7 +35,11 @@ class Distiller(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(width)) if masks_tokens else None
 
     def forward(
-        self, pixel_values: Tensor, teacher_features: Tensor, mask: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        teacher_features: Tensor,
+        mask: Tensor | None = None,
+        zoom: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
 
@@ -43,6 +47,7 @@ class Distiller(nn.Module):
             pixel_values: (B, 3, 224, 224), normalised 5x views.
             teacher_features: (B, 16, d_T).
             mask: (B, 256) bool, patch tokens to mask; only with `masks_tokens`.
+            zoom: (B,), um/px of the views in units of the pair's own; None for 1.
 
         Returns:
             `loss` and its parts, and `student_cosine`, the mean pairwise cosine of the batch's
@@ -50,7 +55,7 @@ class Distiller(nn.Module):
         """
         output = self._encode(pixel_values, mask)
         spatial = self.student.spatial_features(output.last_hidden_state)  # type: ignore[operator]
-        parts = self.loss(output.pooler_output, spatial, teacher_features)
+        parts = self.loss(output.pooler_output, spatial, teacher_features, zoom)
         return parts | {"student_cosine": mean_pairwise_cosine(output.pooler_output.detach())}
 
     def _encode(self, pixel_values: Tensor, mask: Tensor | None) -> Any:

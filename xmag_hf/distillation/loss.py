@@ -6,17 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xmag_hf.distillation.augmentation import shares_shown
 from xmag_hf.distillation.targets import TargetMap
 
+# A view within this share of the pair's own um/px shows, in every cell, at least four fifths of
+# the sub-patch that the target is of; further off the cells no longer match.
+MATCHING_ZOOM = 0.05
 
-def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean negative cosine similarity, -mean(p . t / max(|p| |t|, 1e-8)).
+
+def negative_cosine(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean negative cosine similarity, -mean(w p . t / max(|p| |t|, 1e-8)).
 
     XMAG, arXiv 2509.23097, Sec. 2 (distillation objective).
 
     Args:
         prediction: (..., d), student's projection.
         target: (..., d), teacher's feature; gets no gradient.
+        weight: (...), w of each row; None for 1. The mean is over all rows, whatever they weigh.
 
     Returns:
         Scalar, float32, in [-1, 1].
@@ -30,7 +36,7 @@ def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
         )
     # float32: a sum of 1,536 squares of half-precision features can pass fp16's largest value.
     cosine = F.cosine_similarity(prediction.float(), target.detach().float(), dim=-1, eps=1e-8)
-    return -cosine.mean()
+    return -(cosine if weight is None else cosine * weight).mean()
 
 
 def relational_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -109,14 +115,22 @@ class DistillationLoss(nn.Module):
         self.target_map = target_map
 
     def forward(
-        self, pooled: Tensor, spatial: Tensor, teacher_features: Tensor
+        self,
+        pooled: Tensor,
+        spatial: Tensor,
+        teacher_features: Tensor,
+        zoom: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the loss and its parts.
+
+        A pair whose view has another um/px has the mean of what the view shows as its global
+        target, and no local loss unless its cells still match.
 
         Args:
             pooled: (B, d_S), student's class token.
             spatial: (B, 16, d_S), student's 4 x 4 pooled tokens, row-major.
             teacher_features: (B, 16, d_T), of the sub-patches in the same order.
+            zoom: (B,), um/px of the views in units of the pair's own; None for 1.
 
         Returns:
             `loss`, `loss_global`, `loss_local`, and `loss_relational` if it has a weight: scalars,
@@ -134,9 +148,14 @@ class DistillationLoss(nn.Module):
             teacher_features = self.target_map(teacher_features)
         local = self.local_head(spatial.flatten(0, 1))  # (B * 16, d_T)
         projected = self.global_head(pooled)  # (B, d_T)
-        global_target = teacher_features.float().mean(1)
+        if zoom is None:
+            global_target, matching = teacher_features.float().mean(1), None
+        else:
+            shown = shares_shown(zoom.float())[..., None]  # (B, 16, 1)
+            global_target = (teacher_features.float() * shown).sum(1) / shown.sum(1)
+            matching = ((zoom - 1).abs() <= MATCHING_ZOOM).repeat_interleave(spatial.shape[1])
         loss_global = negative_cosine(projected, global_target)
-        loss_local = negative_cosine(local, teacher_features.flatten(0, 1))
+        loss_local = negative_cosine(local, teacher_features.flatten(0, 1), matching)
         loss = self.global_weight * loss_global + self.local_weight * loss_local
         parts = {"loss": loss, "loss_global": loss_global, "loss_local": loss_local}
         if self.relational_weight:

@@ -102,6 +102,18 @@ class DistillOptions:
         "share of the student's patch tokens replaced by a learnt token, targets whole; not for "
         "lite, which has no tokens; not yet measured",
     )
+    reading_paths: bool = _option(
+        False,
+        "draw the student's 5x view at random among image_5x and, where the corpus has them "
+        "(xmag corpus --reading-paths), image_5x_scanner and image_5x_fast, so that features "
+        "depend less on how a slide is read; not yet measured",
+    )
+    mpp_jitter: float = _option(
+        0.0,
+        "draw the student's um/px from 2.0 * (1 +- F), cut from image_5x_wide (xmag corpus "
+        "--margin F); targets: the mean of the sub-patches by the share of each that the view "
+        "shows, and each cell's own only within 5% of 2.0 um/px; not yet measured",
+    )
     mixed_precision: str = _option(
         "auto", "auto: bf16 on a GPU that has it, else no", choices=("auto", "no", "bf16", "fp16")
     )
@@ -167,7 +179,7 @@ class DistillOptions:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise DistillationError(f"--{name}={getattr(self, name)}: must be above 0.")
-        shares = "warmup_ratio ema_decay drop_path_rate stain_jitter token_mask_ratio"
+        shares = "warmup_ratio ema_decay drop_path_rate stain_jitter token_mask_ratio mpp_jitter"
         for name in shares.split():
             if not 0 <= getattr(self, name) < 1:
                 raise DistillationError(f"--{name}={getattr(self, name)}: must be in [0, 1).")
@@ -189,6 +201,11 @@ class DistillOptions:
             raise DistillationError(
                 f"--target_centering={self.target_centering} takes its mean from all training "
                 "features, which a live teacher has not computed. Add --cache_teacher."
+            )
+        if self.reading_paths and self.mpp_jitter:
+            raise DistillationError(
+                f"--reading_paths and --mpp_jitter={self.mpp_jitter} show the student different "
+                "stored pictures. Choose one."
             )
         if self.token_mask_ratio and self.student == "lite":
             raise DistillationError(

@@ -24,6 +24,7 @@ from xmag_hf.distillation.augmentation import (
     draw_jitter,
     draw_stain,
     sample_generator,
+    zoomed_view,
 )
 from xmag_hf.distillation.corpus import Corpus, iterate_shard
 from xmag_hf.distillation.options import DistillationError, DistillOptions
@@ -36,6 +37,8 @@ from xmag_hf.distillation.teacher_encoding import (
     teacher_image,
 )
 
+READING_PATHS = ("image_5x", "image_5x_scanner", "image_5x_fast")
+WIDE = "image_5x_wide"
 PATCH_TOKENS = 16 * 16  # of every ViT student at 224 px
 Batch = dict[str, Tensor]
 
@@ -52,6 +55,9 @@ class PairReader:
         teacher_view: What a live teacher sees: 20x, or 5x enlarged.
         stain_jitter: Strength of the stain factors drawn (applied later); 0 draws none.
         token_mask_ratio: Share of the student's patch tokens to mask; 0 draws none.
+        student_columns: Images of the student's view; of several one is drawn, of those that the
+            row has.
+        mpp_jitter: Largest change of the view's um/px, as a share; 0 draws none.
     """
 
     features: TeacherFeatures | None
@@ -61,9 +67,13 @@ class PairReader:
     teacher_view: str = "20x"
     stain_jitter: float = 0.0
     token_mask_ratio: float = 0.0
+    student_columns: tuple[str, ...] = ("image_5x",)
+    mpp_jitter: float = 0.0
 
     @classmethod
-    def of(cls, options: DistillOptions, features: TeacherFeatures | None) -> PairReader:
+    def of(
+        cls, options: DistillOptions, features: TeacherFeatures | None, corpus: Corpus
+    ) -> PairReader:
         """The reader of a run."""
         return cls(
             features,
@@ -73,13 +83,15 @@ class PairReader:
             options.teacher_view,
             options.stain_jitter,
             options.token_mask_ratio,
+            student_columns(options, corpus),
+            options.mpp_jitter,
         )
 
     @property
     def columns(self) -> list[str]:
         """Columns to read: the 20x image only if the teacher must see it."""
         seen = [] if self.features is not None else [teacher_column(self.teacher_view)]
-        return list(dict.fromkeys(["image_5x", *seen]))
+        return list(dict.fromkeys([*self.student_columns, *seen]))
 
     def __call__(self, row: int, epoch: int, values: dict[str, Any]) -> dict[str, Any]:
         """Make one sample.
@@ -91,18 +103,14 @@ class PairReader:
 
         Returns:
             `row`; `image_5x` (3, 224, 224) uint8; `jitter` (4,) float32, `stain` (6,) float32,
-            `mask` (256,) bool, each if drawn; and `features` (16, d_T) float16 or `sub_patches`
-            (16, 3, 224, 224) uint8.
+            `mask` (256,) bool, `zoom` () float32, each if drawn; and `features` (16, d_T) float16
+            or `sub_patches` (16, 3, 224, 224) uint8.
         """
         draw = sample_generator(self.seed, epoch, row)
         views = self.features.views if self.features is not None else (0,)
         choice = views if len(views) > 1 else tuple(range(N_VIEWS))
         view = choice[draw.integers(len(choice))] if self.dihedral else 0
-        image = decode_image(values["image_5x"]["bytes"], VIEW_PX, f"pair {row}, image_5x")
-        sample: dict[str, Any] = {
-            "row": row,
-            "image_5x": _channels_first(dihedral_view(image, view)),
-        }
+        sample: dict[str, Any] = {"row": row}
         if self.color_jitter:
             sample["jitter"] = torch.from_numpy(draw_jitter(draw))
         # Drawn after all else, so that the other draws do not depend on these options.
@@ -111,6 +119,8 @@ class PairReader:
         if self.token_mask_ratio:
             masked = round(self.token_mask_ratio * PATCH_TOKENS)
             sample["mask"] = torch.from_numpy(draw.permutation(PATCH_TOKENS) < masked)
+        image = self._student_image(row, values, draw, sample)
+        sample["image_5x"] = _channels_first(dihedral_view(image, view))
         if self.features is not None:
             sample["features"] = torch.from_numpy(self._cached(self.features, row, view))
         else:
@@ -118,12 +128,58 @@ class PairReader:
             sample["sub_patches"] = _channels_first(cut_cells(image, self.teacher_view, view))
         return sample
 
+    def _student_image(
+        self, row: int, values: dict[str, Any], draw: np.random.Generator, sample: dict[str, Any]
+    ) -> np.ndarray:
+        """(224, 224, 3) of the student's view; says its zoom in `sample` if that is drawn."""
+        there = [name for name in self.student_columns if values[name] is not None]
+        if not there:
+            raise DistillationError(f"pair {row}: no picture in {', '.join(self.student_columns)}.")
+        name = there[draw.integers(len(there))] if len(self.student_columns) > 1 else there[0]
+        where = f"pair {row}, {name}"
+        if not self.mpp_jitter:
+            return decode_image(values[name]["bytes"], VIEW_PX, where)
+        zoom = draw.uniform(1 - self.mpp_jitter, 1 + self.mpp_jitter)
+        sample["zoom"] = torch.tensor(zoom, dtype=torch.float32)
+        try:
+            return zoomed_view(decode_image(values[name]["bytes"], None, where), zoom)
+        except DistillationError:
+            raise
+        except ValueError as error:
+            raise DistillationError(
+                f"{where}: {error} Lower --mpp_jitter, or build the corpus with a larger --margin."
+            ) from error
+
     @staticmethod
     def _cached(features: TeacherFeatures, row: int, view: int) -> np.ndarray:
         """(16, d_T) of the view: its own, or those of the pair as it lies, permuted."""
         if view in features.views:
             return features.view(row, features.views.index(view))
         return features[row][cell_permutation(view)]
+
+
+def student_columns(options: DistillOptions, corpus: Corpus) -> tuple[str, ...]:
+    """Images that the student's view is taken from.
+
+    Raises:
+        DistillationError: The corpus lacks what the options ask for.
+    """
+    wanted = ("image_5x",)
+    if options.reading_paths:
+        wanted = tuple(name for name in READING_PATHS if name in corpus.columns)
+        if len(wanted) == 1:
+            raise DistillationError(
+                f"{corpus.location}: no column {' or '.join(READING_PATHS[1:])}. Build the corpus "
+                "with `xmag corpus --reading-paths`, or leave --reading_paths out."
+            )
+    if options.mpp_jitter:
+        wanted = (WIDE,)
+        if WIDE not in corpus.columns:
+            raise DistillationError(
+                f"{corpus.location}: no column {WIDE}. Build the corpus with `xmag corpus --margin "
+                f"{options.mpp_jitter:g}`, or leave --mpp_jitter out."
+            )
+    return wanted
 
 
 class MappedPairs(Dataset):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xmag_hf.distillation.corpus import Corpus
+from xmag_hf.distillation.hub_cache import Fetch, find_hub_cache
 from xmag_hf.distillation.options import DistillationError, DistillOptions
 from xmag_hf.distillation.scoring import live_features
 from xmag_hf.distillation.teacher_cache import (
@@ -70,6 +71,7 @@ class TeacherPlan:
         cached: Identity of a complete cache, if one is to be used.
         reference: Identity of a complete cache of the 20x sub-patches, where `cached` is, or will
             be, of the enlarged 5x view.
+        fetches: What gets the files of a cache that lies on the Hub, by its key.
     """
 
     name: str
@@ -78,6 +80,7 @@ class TeacherPlan:
     cache_dir: Path
     cached: TeacherIdentity | None
     reference: TeacherIdentity | None = None
+    fetches: dict[str, Fetch] = field(default_factory=dict)
 
 
 def check_teacher(options: DistillOptions) -> EncoderCard | EncoderError:
@@ -131,12 +134,13 @@ def plan_teacher(
     """
     cache_dir = cache_folder(options, corpus)
     cached = reference = None
+    fetches: dict[str, Fetch] = {}
     if options.cache_teacher:
         seen = (options.teacher_view, options.cache_views)
-        cached = _agreed_cache(options, *seen, checked, corpus, accelerator)
+        cached = _agreed_cache(options, *seen, checked, corpus, accelerator, fetches)
     if options.cache_teacher and options.teacher_view != "20x":
         for views in sorted({1, options.cache_views}):  # either holds the view as it lies
-            found = _agreed_cache(options, "20x", views, checked, corpus, accelerator)
+            found = _agreed_cache(options, "20x", views, checked, corpus, accelerator, fetches)
             reference = reference or found
     scored_live = options.teacher_view != "20x" and options.holdout and reference is None
     if isinstance(checked, EncoderError) and (cached is None or scored_live):
@@ -148,7 +152,7 @@ def plan_teacher(
     else:
         card = cast(EncoderCard, checked)
         facts = (card.name, str(card.revision), precision_on(accelerator.device, options))
-    return TeacherPlan(*facts, cache_dir, cached, reference)
+    return TeacherPlan(*facts, cache_dir, cached, reference, fetches)
 
 
 def open_teacher(
@@ -178,7 +182,8 @@ def open_teacher(
     reference = None
     if plan.reference is not None:
         folder = plan.cache_dir / plan.reference.key
-        reference = TeacherFeatures(folder, corpus, plan.reference)
+        fetch = plan.fetches.get(plan.reference.key)
+        reference = TeacherFeatures(folder, corpus, plan.reference, fetch)
     identity = plan.cached
     if identity is None:
         encoder = load_encoder(options.teacher, device=accelerator.device, precision=plan.precision)
@@ -187,7 +192,8 @@ def open_teacher(
             return Teacher(*facts, encoder.embed_dim, None, encoder, reference)
         identity = teacher_identity(encoder, corpus, options.teacher_view, options.cache_views)
         _fill_cache(options, corpus, encoder, plan.cache_dir, accelerator, quiet)
-    features = TeacherFeatures(plan.cache_dir / identity.key, corpus, identity)
+    fetch = plan.fetches.get(identity.key)
+    features = TeacherFeatures(plan.cache_dir / identity.key, corpus, identity, fetch)
     facts = (identity.encoder, identity.revision, identity.precision, features.licence)
     if options.teacher_view == "20x":
         reference = features
@@ -260,9 +266,18 @@ def _agreed_cache(
     checked: EncoderCard | EncoderError,
     corpus: Corpus,
     accelerator: Accelerator,
+    fetches: dict[str, Fetch],
 ) -> TeacherIdentity | None:
-    """A complete cache of this view that every process sees, if there is one."""
+    """A complete cache of this view that every process sees, if there is one.
+
+    One that lies on the Hub, beside the corpus, is entered in `fetches`.
+    """
     cached = complete_cache(options, teacher_view, views, checked, corpus)
+    if cached is None and not Path(options.data).is_dir():
+        wanted = _wanted(options, teacher_view, views, checked)
+        found = find_hub_cache(options.data, corpus, wanted)
+        if found is not None:
+            cached, fetches[found[0].key] = found
     agree(accelerator, cached and cached.key, "teacher caches", "--cache-dir")
     return cached
 
@@ -289,17 +304,23 @@ def complete_cache(
     Raises:
         DistillationError: Several fit.
     """
+    wanted = _wanted(options, teacher_view, views, checked)
+    return find_cache(cache_folder(options, corpus), corpus=corpus, **wanted)
+
+
+def _wanted(
+    options: DistillOptions, teacher_view: str, views: int, checked: EncoderCard | EncoderError
+) -> dict[str, Any]:
+    """What a cache is chosen by."""
     card = checked if isinstance(checked, EncoderCard) else None
-    return find_cache(
-        cache_folder(options, corpus),
-        card.name if card else options.teacher,
-        corpus,
-        precision=None if options.teacher_precision == "auto" else options.teacher_precision,
-        revision=card.revision if card else None,
-        share=options.share_sub_patches,
-        teacher_view=teacher_view,
-        views=views,
-    )
+    return {
+        "encoder": card.name if card else options.teacher,
+        "precision": None if options.teacher_precision == "auto" else options.teacher_precision,
+        "revision": card.revision if card else None,
+        "share": options.share_sub_patches,
+        "teacher_view": teacher_view,
+        "views": views,
+    }
 
 
 def _fill_cache(

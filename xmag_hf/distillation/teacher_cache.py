@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,12 +123,58 @@ def find_cache(
     Raises:
         DistillationError: Several fit, or the only one was made with the other `share`.
     """
+    names = shard_names(corpus)
+    complete = [
+        folder
+        for folder in sorted(path for path in cache_dir.glob("*") if path.is_dir())
+        if folder.suffix != ".partial" and all((folder / name).exists() for name in names)
+    ]
+    return choose_cache(
+        {folder.name: file_attributes(folder / names[0]) for folder in complete},
+        str(cache_dir),
+        corpus,
+        encoder=encoder,
+        precision=precision,
+        revision=revision,
+        share=share,
+        teacher_view=teacher_view,
+        views=views,
+    )
+
+
+def choose_cache(
+    candidates: Mapping[str, Mapping[str, Any]],
+    place: str,
+    corpus: Corpus,
+    *,
+    encoder: str,
+    precision: str | None,
+    revision: str | None,
+    share: bool,
+    teacher_view: str,
+    views: int,
+) -> TeacherIdentity | None:
+    """Of complete caches, the one that fits; arguments as `find_cache` has them.
+
+    Args:
+        candidates: Attributes of the first file of each cache, by its key.
+        place: Where they lie, for errors.
+        corpus: The features must belong to.
+        encoder: Name of the teacher.
+        precision: Wanted; None takes any.
+        revision: Of the teacher's weights; None takes any.
+        share: Whether shared sub-patches are wanted.
+        teacher_view: What the teacher saw.
+        views: Number of dihedral views.
+
+    Returns:
+        Its identity, or None.
+
+    Raises:
+        DistillationError: Several fit, or the only one was made with the other `share`.
+    """
     found = []
-    for folder in sorted(path for path in cache_dir.glob("*") if path.is_dir()):
-        names = [shard_name(number, len(corpus.shards)) for number in range(len(corpus.shards))]
-        if folder.suffix == ".partial" or not all((folder / name).exists() for name in names):
-            continue
-        attributes = _attributes(folder / names[0])
+    for key, attributes in candidates.items():
         identity = TeacherIdentity(
             *(str(attributes.get(f.name)) for f in dataclasses.fields(TeacherIdentity))
         )
@@ -138,13 +185,13 @@ def find_cache(
             found.append(identity)
             if attributes.get("sharing") != _sharing(share):
                 raise DistillationError(
-                    f"{folder}: sub-patches shared: {attributes.get('sharing')}, wanted "
+                    f"{place}/{key}: sub-patches shared: {attributes.get('sharing')}, wanted "
                     f"{_sharing(share)}. Delete that folder, or change --share-sub-patches."
                 )
     if len(found) > 1:
         keys = ", ".join(f"{i.key} ({i.revision}, {i.precision})" for i in found)
         raise DistillationError(
-            f"{cache_dir}: several caches of {encoder} fit: {keys}. Delete all but one, or name "
+            f"{place}: several caches of {encoder} fit: {keys}. Delete all but one, or name "
             "one with --teacher-precision."
         )
     return found[0] if found else None
@@ -239,6 +286,11 @@ def finish_cache(partial: Path) -> Path:
     return final
 
 
+def shard_names(corpus: Corpus) -> list[str]:
+    """File names of a complete cache of `corpus`, in the order of its shards."""
+    return [shard_name(number, len(corpus.shards)) for number in range(len(corpus.shards))]
+
+
 def shard_name(number: int, count: int) -> str:
     """File name of the features of shard `number` of `count`."""
     return f"features-{number:05d}-of-{count:05d}.h5"
@@ -294,20 +346,30 @@ class TeacherFeatures:
         folder: Of one key.
         corpus: That it must belong to.
         identity: That it must carry.
+        fetch: For a cache elsewhere: gives the local path of a file by its name, called when the
+            shard is first read, and only then is that file checked. None for files in `folder`.
 
     Raises:
         DistillationError: A file is missing, stale or belongs to other pairs; the file, the value
             and the remedy are named.
     """
 
-    def __init__(self, folder: Path, corpus: Corpus, identity: TeacherIdentity) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        corpus: Corpus,
+        identity: TeacherIdentity,
+        fetch: Callable[[str], Path] | None = None,
+    ) -> None:
         self.folder = folder
         self.starts = corpus.shard_starts
-        self.paths = [
-            folder / shard_name(number, len(corpus.shards)) for number in range(len(corpus.shards))
-        ]
+        self.paths = [folder / name for name in shard_names(corpus)]
+        self._fetch = fetch
+        self._check = functools.partial(_check_file, corpus=corpus, identity=identity)
         self._files: OrderedDict[int, h5py.File] = OrderedDict()
-        dims = {_check_file(path, n, corpus, identity) for n, path in enumerate(self.paths)}
+        if fetch is not None:
+            self.paths[0] = fetch(self.paths[0].name)  # says how wide the features are
+        dims = {self._check(path, n) for n, path in enumerate(self.paths[: 1 if fetch else None])}
         if len(dims) != 1:
             raise DistillationError(f"{folder}: shards differ in feature width: {sorted(dims)}.")
         self.teacher_dim: int = dims.pop()
@@ -321,8 +383,12 @@ class TeacherFeatures:
         """(16, d_T) float16 of one pair in its dihedral view `self.views[number]`."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         if shard not in self._files:
+            path = self.paths[shard]
+            if self._fetch is not None and shard > 0:
+                path = self._fetch(path.name)
+                self._check(path, shard)
             # Rows are read once an epoch, in random order: HDF5's own cache would only fill memory.
-            self._files[shard] = h5py.File(self.paths[shard], "r", rdcc_nbytes=0)
+            self._files[shard] = h5py.File(path, "r", rdcc_nbytes=0)
             if len(self._files) > MOST_OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(shard)
@@ -369,11 +435,11 @@ def _sharing(share: bool) -> str:
 
 def _done_with(path: Path, share: bool) -> bool:
     """Whether a shard of an unfinished cache is there, made the same way."""
-    return _attributes(path).get("sharing") == _sharing(share)
+    return file_attributes(path).get("sharing") == _sharing(share)
 
 
-def _attributes(path: Path) -> dict[str, Any]:
-    """Of a file of the cache; none if it is absent or damaged."""
+def file_attributes(path: Path) -> dict[str, Any]:
+    """Attributes of a file of the cache; none if it is absent or damaged."""
     try:
         with h5py.File(path, "r") as file:
             return dict(file.attrs)
@@ -383,7 +449,7 @@ def _attributes(path: Path) -> dict[str, Any]:
 
 def _check_file(path: Path, number: int, corpus: Corpus, identity: TeacherIdentity) -> int:
     """Raise unless the file belongs to this shard and identity; return d_T."""
-    remedy = f"Delete {path} and run again: only that shard is computed anew."
+    remedy = f"Delete {path} and run again: only that shard is made anew."
     try:
         file = h5py.File(path, "r")
     except OSError as error:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from xmag_hf.distillation.augmentation import (
     GRID,
+    VIEW_PX,
     cell_permutation,
     dihedral_view,
     enlarged_cells,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from xmag_hf.encoders import Encoder
 
 CELLS = GRID * GRID
-VIEW_PX = 224
 
 
 def encode_sub_patches(teacher: Encoder, patches: np.ndarray, batch_size: int) -> np.ndarray:
@@ -244,19 +244,19 @@ def cut_cells(image: np.ndarray, teacher_view: str, dihedral: int) -> np.ndarray
     return cut(dihedral_view(image, dihedral))
 
 
-def decode_image(data: bytes, side_px: int, where: str) -> np.ndarray:
+def decode_image(data: bytes, side_px: int | None, where: str) -> np.ndarray:
     """Decode one stored image.
 
     Args:
         data: JPEG or PNG.
-        side_px: Width and height that it must have.
+        side_px: Width and height that it must have; None for any square.
         where: Shard, row and column, for the error.
 
     Returns:
         (side_px, side_px, 3) uint8.
 
     Raises:
-        DistillationError: It does not decode or has another size.
+        DistillationError: It does not decode, or has another size.
     """
     try:
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -264,6 +264,7 @@ def decode_image(data: bytes, side_px: int, where: str) -> np.ndarray:
         raise DistillationError(
             f"{where}: does not decode ({error}). Build that shard again."
         ) from error
+    side_px = len(image) if side_px is None else side_px
     if image.shape != (side_px, side_px, 3):
         raise DistillationError(
             f"{where}: {image.shape[1]} x {image.shape[0]} px, expected {side_px} x {side_px}."

@@ -38,6 +38,7 @@ from xmag_hf.distillation.pairs import (
     Placement,
     batches,
     micro_batches_per_epoch,
+    student_columns,
 )
 from xmag_hf.distillation.scoring import PixelStatistics, score_students
 from xmag_hf.distillation.targets import TargetMap, fit_target_map
@@ -133,6 +134,7 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     set_seed(options.seed)
     student = build_student(options.student, options.init, drop_path_rate=options.drop_path_rate)
     corpus = open_corpus(options.data, streaming=options.streaming)
+    student_columns(options, corpus)  # what is not there must be said before the teacher's work
     split = split_pairs(corpus.index, options.holdout)
     per_epoch = micro_batches_per_epoch(corpus, split.train, options, accelerator.num_processes)
     total_steps = options.max_steps or max(
@@ -337,7 +339,7 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
     metrics = None
     if accelerator.is_main_process:
         metrics = checkpoints.Metrics(Path(options.output_dir) / "metrics.jsonl", done)
-    reader = PairReader.of(options, run.teacher.features)
+    reader = PairReader.of(options, run.teacher.features, run.corpus)
     loader = batches(
         run.corpus,
         run.split.train,
@@ -409,7 +411,7 @@ def _step(
             pixel_values, targets = prepare_batch(
                 batch, run.pixels, run.teacher.encoder, options.teacher_batch_size
             )
-            parts = run.distiller(pixel_values, targets, batch.get("mask"))
+            parts = run.distiller(pixel_values, targets, batch.get("mask"), batch.get("zoom"))
             _refuse_non_finite(run, parts["loss"], batch["row"])
             accelerator.backward(parts["loss"])
             if accelerator.sync_gradients:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import openslide
 
 from xmag_hf.slides import Slide, SlideScaleError, find_tissue, grid_origins
 from xmag_hf.slides.tissue import TissueMask
 
 from .options import EmbedOptions
 from .plan import open_row
-from .sources import IMAGE_VENDOR, SlideSource
+from .sources import SlideSource
 
 MPP_5X, MPP_20X = 2.0, 0.5
 
@@ -91,7 +90,7 @@ def describe_slide(
             height=slide.size_level0[1],
             mpp0=slide.mpp0,
             mpp_source=slide.mpp_source,
-            objective=_objective(slide),
+            objective=slide.objective,
             level_mpps=slide.level_mpps,
             level_5x=level_5x,
             tissue_mm2=float(tissue.mask.sum()) * tissue.mpp**2 / 1e6,
@@ -104,10 +103,3 @@ def _count(slide: Slide, tissue: TissueMask, patch_px: int, mpp: float, least_ti
     origins = grid_origins(slide, patch_px=patch_px, stride_px=patch_px, mpp=mpp)
     fractions = tissue.fractions(origins, patch_px * mpp / slide.mpp0)
     return int(np.count_nonzero((fractions >= least_tissue) & (fractions > 0)))
-
-
-def _objective(slide: Slide) -> str:
-    if slide.vendor == IMAGE_VENDOR:
-        return ""
-    with openslide.OpenSlide(slide.path) as handle:
-        return handle.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER, "")

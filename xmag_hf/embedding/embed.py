@@ -29,9 +29,9 @@ from .bag import Bag, BagError, BagInfo, read_info, write_atomically, write_bag
 from .encode import PatchEncoder
 from .lock import SlideLock, acquire, describe_holder
 from .options import EmbedError, EmbedOptions
-from .plan import PatchGeometry, SlidePlan, patch_geometry, plan_slide
+from .plan import PatchGeometry, SlidePlan, no_tissue_reason, patch_geometry, plan_slide
 from .preview import preview_png
-from .read import READER, PatchBatch, read_patches
+from .read import PatchBatch, read_patches
 from .records import RunSummary, SlideRecord, recall, write_summary
 from .sources import SLIDE_FAULTS, SlideSource, reason_of
 
@@ -91,7 +91,7 @@ def embed_slide(
         OSError: The file may not be read.
     """
     options = options or EmbedOptions()
-    loaded = _loaded(encoder, options)
+    loaded = loaded_encoder(encoder, options)
     geometry = patch_geometry(loaded.card, options)
     patch_encoder = _patch_encoder(loaded, options)
     geojson = None if tissue_geojson is None else Path(tissue_geojson)
@@ -99,7 +99,12 @@ def embed_slide(
     head = sha256_head(source.path) if source.path.is_file() else None
     plan = plan_slide(source, geometry, options)
     filling = _Filling(plan, SlideRecord.of(source), options.features)
-    batches = read_patches(plan, batch_size=patch_encoder.batch_size, threads=options.threads)
+    batches = read_patches(
+        plan,
+        batch_size=patch_encoder.batch_size,
+        threads=options.threads,
+        device=loaded.device,
+    )
     for batch in ahead(batches, BATCHES_AHEAD):  # type: ignore[arg-type]
         filling.add(batch, patch_encoder)
     return filling.bag(patch_encoder, head)
@@ -137,7 +142,7 @@ def embed_slides(
     """
     options = options or EmbedOptions()
     check_sources(sources)
-    loaded = _loaded(encoder, options)
+    loaded = loaded_encoder(encoder, options)
     geometry = patch_geometry(loaded.card, options)
     out_dir = Path(out_dir)
     run = _Run(out_dir, options, geometry, _patch_encoder(loaded, options), progress)
@@ -217,7 +222,8 @@ class _Filling:
         record.unreadable = len(self.unreadable)
         if batch.unreadable and not record.first_unreadable:
             record.first_unreadable = batch.unreadable[0][1]
-        record.seconds["read"] += batch.seconds
+        record.seconds["read"] += batch.seconds - batch.resample_seconds
+        record.seconds["resample"] += batch.resample_seconds
         if not len(batch.rows):
             return
         started = time.perf_counter()
@@ -280,7 +286,7 @@ def _info(plan: SlidePlan, encoder: PatchEncoder, record: SlideRecord, head: str
         mpp_source=plan.mpp_source,
         level=plan.level,
         level0_size=plan.level0_size,
-        reader=READER,
+        reader=plan.reader,
         tissue=plan.tissue_method,
         tissue_threshold=plan.least_tissue,
         pad_edges=plan.pad_edges,
@@ -399,7 +405,8 @@ class _Run:
             plan = plan_slide(source, self.geometry, self.options)
             yield _Started(source, record, plan, head)
             size, threads = self.encoder.batch_size, self.options.threads
-            yield from read_patches(plan, batch_size=size, threads=threads)
+            device = self.encoder.encoder.device
+            yield from read_patches(plan, batch_size=size, threads=threads, device=device)
             whole = True
         except SLIDE_FAULTS as error:
             _blame(record, error)
@@ -500,10 +507,7 @@ class _Run:
                 write_atomically(folder / f"{record.slide_id}.png", picture)
             if not len(bag.features):
                 record.status = "no_tissue"
-                record.reason = (
-                    f"{record.slide_id}: none of {plan.grid_patches} patches has a tissue share of "
-                    f"{plan.least_tissue:g} or more. Look at its preview, or lower --tissue."
-                )
+                record.reason = no_tissue_reason(plan)
                 return
             write_bag(self.out_dir / record.bag, bag)
         except (SlideError, BagError) as error:
@@ -539,7 +543,13 @@ def _blame(record: SlideRecord, error: BaseException) -> None:
     record.reason = reason_of(record.slide_id, error)
 
 
-def _loaded(encoder: Encoder | str, options: EmbedOptions) -> Encoder:
+def loaded_encoder(encoder: Encoder | str, options: EmbedOptions) -> Encoder:
+    """An encoder on the device and at the precision of the options; a loaded one as it is.
+
+    Raises:
+        EmbedError: There is no such device.
+        EncoderError: The encoder cannot be had.
+    """
     if isinstance(encoder, Encoder):
         return encoder
     device = options.device

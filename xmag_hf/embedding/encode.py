@@ -21,6 +21,13 @@ BATCH_SIZE = {"cuda": 256, "cpu": 32}
 # What an encoder's own embedding is: its card's pooling -> the name in a bag.
 OWN_POOLING = {"cls": "cls", "cls+mean": "cls+mean", "average": "mean", "model": "model"}
 CELLS = GRID * GRID
+OUT_OF_MEMORY = (
+    "can't allocate memory",  # CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # its workspace did not fit
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "out of memory",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +141,7 @@ class PatchEncoder:
         pooled = isinstance(self._forward, PooledEncoder)
         return self._forward.pooled_dim if pooled else self.encoder.embed_dim  # type: ignore[union-attr]
 
-    def __call__(self, pixels: np.ndarray) -> Encoded:
+    def __call__(self, pixels: np.ndarray | Tensor) -> Encoded:
         """Encode patches.
 
         Args:
@@ -152,9 +159,11 @@ class PatchEncoder:
             chunk = pixels[start : start + self.batch_size]
             try:
                 parts.append(self._encode_at_once(chunk))
-            except torch.OutOfMemoryError:
-                if len(chunk) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if not memory_ran_out(error):
                     raise
+                if len(chunk) == 1:
+                    raise torch.OutOfMemoryError(str(error)) from error
                 self.batch_size = max(1, len(chunk) // 2)
                 logger.warning(
                     "%s: memory ran out; going on with batches of %d.",
@@ -171,13 +180,24 @@ class PatchEncoder:
             np.concatenate(tokens) if tokens else None,
         )
 
-    def _encode_at_once(self, pixels: np.ndarray) -> Encoded:
-        images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.encoder.device)
+    def _encode_at_once(self, pixels: np.ndarray | Tensor) -> Encoded:
+        images = torch.as_tensor(pixels).to(self.encoder.device)
         output = self._forward(images.permute(0, 3, 1, 2)).cpu().numpy()  # (B, D [+ 16 * C])
         if not (isinstance(self._forward, PooledEncoder) and self._forward.tokens):
             return Encoded(output, None)
         features, tokens = np.split(output, [self._forward.pooled_dim], axis=1)
         return Encoded(features, tokens.reshape(len(pixels), CELLS, -1))
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on whatever device.
+
+    Only CUDA's own allocator raises a type of its own; a CPU's, cuBLAS and cuDNN raise
+    RuntimeErrors that say it in words.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in OUT_OF_MEMORY)
 
 
 def own_pooling(encoder: Encoder) -> str:

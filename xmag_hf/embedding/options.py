@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 POOLINGS = ("auto", "cls", "mean", "cls+mean")
 FEATURE_TYPES = ("float16", "float32")
+READERS = ("auto", "openslide", "tiles")
 
 
 class EmbedError(ValueError):
@@ -15,7 +16,9 @@ class EmbedError(ValueError):
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How slides become bags. Devices, batches and threads do not change a bag; the rest does.
+    """How slides become bags.
+
+    Devices, batches, threads and the reader do not change a bag; the rest does.
 
     Raises:
         EmbedError: A value outside its range, named.
@@ -85,6 +88,14 @@ class EmbedOptions:
         },
     )
     threads: int = field(default=4, metadata={"help": "that read and decode patches"})
+    reader: str = field(
+        default="auto",
+        metadata={
+            "help": "OpenSlide, or the JPEG tiles of TIFF and SVS files, each decoded once; auto "
+            "takes the tiles where there are some and they show the same pixels",
+            "choices": READERS,
+        },
+    )
     preview: bool = field(
         default=True, metadata={"help": "a picture of each slide: tissue outline and grid"}
     )
@@ -100,6 +111,7 @@ class EmbedOptions:
             ("features", self.features in FEATURE_TYPES, f"one of {', '.join(FEATURE_TYPES)}"),
             ("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1"),
             ("threads", self.threads >= 1, "at least 1"),
+            ("reader", self.reader in READERS, f"one of {', '.join(READERS)}"),
         )
         for name, good, rule in checks:
             if not good:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xmag_hf.slides import Slide, TissueMask, grid_origins, tissue_mask
+from xmag_hf.slides import Slide, SlideReadError, TissueMask, grid_origins, tissue_mask
+from xmag_hf.slides.jpeg_tiles import JpegLevel, TileLayoutError, check_pixels, jpeg_level
 from xmag_hf.slides.tissue import MASK_MPP
+from xmag_hf.slides.windows import AxisWindow, axis_window, window_shape
 
 from .annotation import annotated_tissue
 from .options import EmbedError, EmbedOptions
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHECKED_PLACES = 5  # at most so many tiles are decoded to compare the fast path with OpenSlide
+NEARLY_BLACK = 64  # median grey level of an overview
+GREY_TISSUE = 150  # darker than this is no empty glass
+DEAD_PROBES = 32  # patches tried where nothing of the overview could be decoded
+GREY_CHROMA = 2  # largest difference of an overview's channels, grey levels
 OTHER_SCALE = 0.05  # farther from the encoder's own um/px is worth a warning
 
 
@@ -88,6 +95,9 @@ class SlidePlan:
         vendor: Format.
         allow_coarse: Level 0 may be enlarged by more than 10%.
         pad_edges: Patches past the edge were kept.
+        columns: Windows across, by x of the patch; there are few.
+        lines: Windows down, by y.
+        tiles: JPEG tiles of the level, or None: OpenSlide reads everything.
         overview: For the preview.
         seconds: By stage: open, tissue.
     """
@@ -109,6 +119,9 @@ class SlidePlan:
     vendor: str
     allow_coarse: bool
     pad_edges: bool
+    columns: dict[int, AxisWindow]
+    lines: dict[int, AxisWindow]
+    tiles: JpegLevel | None
     overview: Overview
     seconds: dict[str, float]
 
@@ -116,6 +129,16 @@ class SlidePlan:
     def width_level0(self) -> float:
         """Side of a patch, level-0 px."""
         return self.geometry.patch_px * self.geometry.mpp / self.mpp0
+
+    def window(self, row: int) -> tuple[AxisWindow, AxisWindow]:
+        """Columns and rows of the level's pixels around a patch."""
+        x, y = self.coords[row].tolist()
+        return self.columns[x], self.lines[y]
+
+    @property
+    def reader(self) -> str:
+        """What reads the patches, as bags record it."""
+        return "openslide-region-lanczos" if self.tiles is None else "jpeg-tiles-lanczos"
 
 
 def patch_geometry(card: EncoderCard, options: EmbedOptions) -> PatchGeometry:
@@ -189,9 +212,14 @@ def plan_slide(source: SlideSource, geometry: PatchGeometry, options: EmbedOptio
         )
         width0 = geometry.patch_px * geometry.mpp / slide.mpp0
         sure = tissue.fractions(origins, width0)
-        # Where the overview has gaps there may be tissue: those patches are tried.
-        possible = tissue.fractions(origins, width0, with_gaps=True)
+        possible = sure
+        if tissue.gaps.any():  # there may be tissue: those patches are tried
+            possible = tissue.fractions(origins, width0, with_gaps=True)
         kept = np.flatnonzero((possible >= options.tissue) & (possible > 0))
+        columns, lines = _windows(slide, geometry, origins[kept], allow_coarse=options.allow_coarse)
+        tiles = _tiles(slide, level, origins[kept] + width0 / 2, options.reader)
+        if tissue.gaps.all():
+            _refuse_dead(slide, origins, geometry, options.allow_coarse)
         past = np.any(origins + width0 > np.asarray(slide.extent_xy) + 1e-6, axis=1)
         return SlidePlan(
             source=source,
@@ -211,9 +239,88 @@ def plan_slide(source: SlideSource, geometry: PatchGeometry, options: EmbedOptio
             vendor=slide.vendor,
             allow_coarse=options.allow_coarse,
             pad_edges=options.pad_edges,
+            columns=columns,
+            lines=lines,
+            tiles=tiles,
             overview=overview,
             seconds={"open": opened - started, "tissue": found - opened},
         )
+
+
+def _windows(
+    slide: Slide, geometry: PatchGeometry, coords: np.ndarray, *, allow_coarse: bool
+) -> list[dict[int, AxisWindow]]:
+    """Windows of one size by the patches' x, and by their y."""
+    inset = geometry.inset_px * geometry.mpp / slide.mpp0
+    level = slide.level_for(geometry.input_mpp, allow_coarse=allow_coarse)
+    tables: list[dict[int, AxisWindow]] = [{}, {}]
+    for axis, (table, scale) in enumerate(zip(tables, slide.level_scales[level], strict=True)):
+        step = geometry.input_mpp / slide.mpp0 / scale
+        side, margin = window_shape(step, geometry.input_px)
+        for at in np.unique(coords[:, axis]).tolist():
+            _, *reads = slide.plan_read(
+                (at + inset, at + inset),
+                geometry.input_px,
+                geometry.input_mpp,
+                allow_coarse=allow_coarse,
+            )
+            table[at] = axis_window(reads[axis], side, margin)
+    return tables
+
+
+def _tiles(slide: Slide, level: int, centres: np.ndarray, reader: str) -> JpegLevel | None:
+    """The level's JPEG tiles, if patches are to be read from them and it is shown that they can."""
+    if reader == "openslide" or not len(centres):
+        return None
+    spread = np.linspace(0, len(centres) - 1, min(CHECKED_PLACES, len(centres)) + 2)[1:-1]
+    try:
+        tiles = jpeg_level(slide, level)
+        places = [(int(x), int(y)) for x, y in centres[spread.round().astype(int)]]
+        check_pixels(slide, tiles, places)
+    except TileLayoutError as error:
+        if reader == "tiles":
+            raise
+        logger.debug("%s", error)
+        return None
+    return tiles
+
+
+def no_tissue_reason(plan: SlidePlan) -> str:
+    """Why a slide has no patches, as far as its overview shows it, and what to do."""
+    picture = plan.overview.picture
+    hint = ""
+    if np.median(picture[::4, ::4]) < NEARLY_BLACK:
+        hint = " The slide is black: if it stores 16 bits and uses fewer, convert it to 8 bits."
+    elif not _coloured(picture) and int(picture.min()) < GREY_TISSUE:
+        hint = " The slide is grey, and tissue is found by its colour: give --tissue-geojson."
+    return (
+        f"{plan.source.slide_id}: none of {plan.grid_patches} patches has a tissue share of "
+        f"{plan.least_tissue:g} or more.{hint} Look at its preview, or lower --tissue."
+    )
+
+
+def _coloured(picture: np.ndarray) -> bool:
+    return int((picture.max(axis=2) - picture.min(axis=2)).max()) > GREY_CHROMA
+
+
+def _refuse_dead(slide: Slide, origins: np.ndarray, geometry: PatchGeometry, coarse: bool) -> None:
+    """Fail a slide of which nothing can be decoded before each of its patches is tried in vain.
+
+    Raises:
+        SlideReadError: Not one of some patches, spread over the slide, could be.
+    """
+    first: SlideReadError | None = None
+    probes = origins[np.linspace(0, len(origins) - 1, DEAD_PROBES).astype(int)]
+    for x, y in probes:
+        try:
+            slide.read_region((x, y), geometry.input_px, geometry.input_mpp, allow_coarse=coarse)
+            return
+        except SlideReadError as error:
+            first = first or error
+    raise SlideReadError(
+        f"{slide.slide_id}: nothing of its overview and none of {DEAD_PROBES} patches could be "
+        f"decoded; first: {first}"
+    )
 
 
 def open_row(source: SlideSource, options: EmbedOptions) -> Slide:

@@ -19,7 +19,7 @@ from .bag import write_atomically
 from .plan import SlidePlan
 from .sources import SlideSource
 
-STAGES = ("open", "tissue", "read", "encode", "write")
+STAGES = ("open", "tissue", "read", "resample", "encode", "write")
 STATUSES = ("ok", "present", "no_tissue", "refused", "failed")
 
 
@@ -36,7 +36,7 @@ class SlideRecord:
         first_unreadable: Its reason.
         padded: Patches in the bag that reach past the edge.
         grid_patches: With and without tissue.
-        seconds: By stage of `STAGES`; reading is summed over threads.
+        seconds: By stage of `STAGES`; reading and resampling are summed over threads.
     """
 
     slide_id: str
@@ -136,7 +136,7 @@ def write_summary(summary: RunSummary) -> None:
         "slides": summary.counts,
         "patches": sum(record.patches for record in summary.records),
         "unreadable": sum(record.unreadable for record in summary.records),
-        "versions": _versions(),
+        "versions": versions(),
         "records": [asdict(record) for record in summary.records],
     }
     text = json.dumps(content, indent=1, allow_nan=False)
@@ -157,11 +157,12 @@ def _table(records: Sequence[SlideRecord]) -> str:
     return buffer.getvalue()
 
 
-def _versions() -> dict[str, str]:
-    versions = {"xmag_hf": __version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Versions of what a run's results depend on."""
+    found = {"xmag_hf": __version__, "python": platform.python_version()}
     for name in ("torch", "numpy", "pillow", "h5py", "openslide-python", "openslide-bin"):
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not a package"  # openslide from the system's own library
-    return versions
+            found[name] = "not a package"  # openslide from the system's own library
+    return found

@@ -24,6 +24,8 @@ CONFIG = "config.json"
 CARD = "README.md"
 # What makes up a model's weights, in whatever form transformers wrote them.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+# Models on embeddings: there are no pixels to process.
+WITHOUT_PROCESSOR = ("xmag_abmil", "xmag_mean_pool")
 NOT_PUSHED = ["checkpoints/*", "*.partial/*", ".*", "*/.*", "*.h5"]
 
 
@@ -41,7 +43,7 @@ class Saveable(Protocol):
 
 def save_folder(
     model: Saveable,
-    processor: Saveable,
+    processor: Saveable | None,
     card_text: str,
     out_dir: str | os.PathLike[str],
     extra_files: Mapping[str, str] | None = None,
@@ -52,7 +54,7 @@ def save_folder(
 
     Args:
         model: Saved with its code, config and weights.
-        processor: Its image processor.
+        processor: Its image processor; None for a head on embeddings.
         card_text: README.md.
         out_dir: The folder. An earlier model of ours in it is replaced; sub-folders and other files
             stay.
@@ -78,7 +80,8 @@ def save_folder(
     partial.mkdir()
     try:
         model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+        if processor is not None:
+            processor.save_pretrained(partial)
         (partial / CARD).write_text(card_text, encoding="utf-8")
         _write_extras(partial, extra_files or {})
         _check_complete(partial)
@@ -175,15 +178,19 @@ def _refuse_foreign(out_dir: Path) -> None:
     path = out_dir / CONFIG
     if not path.is_file():
         return
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        kind = None
+    kind = _model_type(path)
     if not str(kind).startswith("xmag"):
         raise PublishError(
             f"{out_dir}: holds another model (model_type {kind!r}), which is not replaced. Give "
             "another folder, or remove it."
         )
+
+
+def _model_type(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _write_extras(folder: Path, files: Mapping[str, str]) -> None:
@@ -202,7 +209,10 @@ def _is_weights(name: str) -> bool:
 
 def _check_complete(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
-    missing = [name for name in (CONFIG, "preprocessor_config.json", CARD) if name not in names]
+    needed = [CONFIG, "preprocessor_config.json", CARD]
+    if _model_type(folder / CONFIG) in WITHOUT_PROCESSOR:
+        needed.remove("preprocessor_config.json")
+    missing = [name for name in needed if name not in names]
     if not any(map(_is_weights, names)):
         missing.append("model.safetensors")
     if missing:

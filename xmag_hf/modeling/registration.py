@@ -43,9 +43,12 @@ def _register_configs() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from .configuration_xmag import XMAGConfig
+    from .configuration_xmag_abmil import XMAGABMILConfig, XMAGMeanPoolConfig
     from .configuration_xmag_lite import XMAGLiteConfig
+    from .configuration_xmag_slide import XMAGSlideConfig
 
-    for config in (XMAGConfig, XMAGLiteConfig):
+    heads = (XMAGABMILConfig, XMAGMeanPoolConfig, XMAGSlideConfig)
+    for config in (XMAGConfig, XMAGLiteConfig, *heads):
         AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
@@ -53,12 +56,19 @@ def _register_models() -> None:
     from transformers.models.auto.modeling_auto import AutoModel, AutoModelForImageClassification
 
     from .configuration_xmag import XMAGConfig
+    from .configuration_xmag_abmil import XMAGABMILConfig, XMAGMeanPoolConfig
     from .configuration_xmag_lite import XMAGLiteConfig
+    from .configuration_xmag_slide import XMAGSlideConfig
     from .modeling_xmag import XMAGForImageClassification, XMAGModel
+    from .modeling_xmag_abmil import XMAGABMILModel, XMAGMeanPoolModel
     from .modeling_xmag_lite import XMAGLiteForImageClassification, XMAGLiteModel
+    from .modeling_xmag_slide import XMAGForSlideClassification
 
     AutoModel.register(XMAGConfig, XMAGModel, exist_ok=True)
     AutoModel.register(XMAGLiteConfig, XMAGLiteModel, exist_ok=True)
+    AutoModel.register(XMAGABMILConfig, XMAGABMILModel, exist_ok=True)
+    AutoModel.register(XMAGMeanPoolConfig, XMAGMeanPoolModel, exist_ok=True)
+    AutoModel.register(XMAGSlideConfig, XMAGForSlideClassification, exist_ok=True)
     classifier = AutoModelForImageClassification
     classifier.register(XMAGConfig, XMAGForImageClassification, exist_ok=True)
     classifier.register(XMAGLiteConfig, XMAGLiteForImageClassification, exist_ok=True)
@@ -69,15 +79,17 @@ def _register_image_processors() -> None:
 
     from .configuration_xmag import XMAGConfig
     from .configuration_xmag_lite import XMAGLiteConfig
+    from .configuration_xmag_slide import XMAGSlideConfig
     from .image_processing_xmag import XMAGImageProcessor
 
     # One class for both backends: it needs neither torchvision nor a variant without it.
     backends: dict[str, type] = {"torchvision": XMAGImageProcessor, "pil": XMAGImageProcessor}
-    for config in (XMAGConfig, XMAGLiteConfig):
+    for config in (XMAGConfig, XMAGLiteConfig, XMAGSlideConfig):
         AutoImageProcessor.register(config, image_processor_classes=dict(backends), exist_ok=True)
 
 
-_MODELS = (f"{__package__}.modeling_xmag", f"{__package__}.modeling_xmag_lite")
+_NAMES = ("xmag", "xmag_lite", "xmag_abmil", "xmag_slide")
+_MODELS = tuple(f"{__package__}.modeling_{name}" for name in _NAMES)
 _PROCESSORS = (f"{__package__}.image_processing_xmag",)
 
 # Module that defines an Auto class -> (modules of ours that import it themselves, registration).

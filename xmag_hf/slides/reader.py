@@ -1,6 +1,6 @@
 """Slide reading: open a file, report levels and um/px, return RGB regions at any um/px.
 
-May import NumPy, Pillow, SciPy and OpenSlide. Imports nothing of xmag_hf and no torch.
+May import NumPy, Pillow, SciPy, OpenSlide and tifffile. Imports nothing of xmag_hf and no torch.
 
 Coordinates are level-0 pixels, origin top left, (x, y); arrays are (height, width, 3) uint8 RGB.
 """
@@ -20,9 +20,13 @@ from PIL import Image
 from scipy.signal import lfilter
 
 from .errors import SlideOpenError, SlideReadError, SlideScaleError
+from .tiff import TiffHandle, check_tiles, is_tiff, ome_mpp, open_tiff
 
 MPP_RANGE = (0.05, 20.0)  # um/px; outside it a number in a header is not a microscope's scale
 MAX_ANISOTROPY = 0.05  # x and y may differ by this share of the smaller one
+# Largest glass is about 100 mm x 150 mm. A header that says more is damaged (or its um/px wrong),
+# and an overview of it might take all memory there is.
+MAX_AREA_MM2 = 20_000.0
 MAX_ENLARGEMENT = 0.10  # level 0 may be coarser than the target by this share
 # A level whose um/px exceeds the target by less than this counts as "at" the target: headers give
 # four digits (0.2501 for 0.25), and an enlargement by a thousandth is no invented detail.
@@ -38,6 +42,9 @@ HEAD_BYTES = 1 << 20
 CACHE_BYTES = 128_000_000
 THUMBNAIL_BLOCK_PX = 2048  # side of the largest read (pixels of the level) behind a thumbnail
 THUMBNAIL_LEAST_BLOCK_PX = 16  # blocks around damage are not cut smaller than this
+# Nor at all after this many: each costs another opening of the file, and a slide without any
+# readable tile would take hours.
+THUMBNAIL_MOST_FAILURES = 400
 TIFF_UNIT_UM = {"inch": 25_400.0, "centimeter": 10_000.0}
 
 
@@ -49,29 +56,51 @@ class Slide:
     Attributes:
         path: The file.
         slide_id: File stem unless the caller said otherwise.
+        vendor: OpenSlide's name of the format, or `tifffile`.
+        objective: Power as the file says it, '' if it does not.
         mpp0: um per pixel of level 0 (mean of x and y).
-        mpp_source: `given`, `openslide` (its mpp-x, mpp-y) or `tiff` (resolution tags).
+        mpp_source: `given`, `ome` (OME-XML's PhysicalSize), `openslide` (its mpp-x, mpp-y) or
+            `tiff` (resolution tags).
         size_level0: (width, height) of level 0, px.
         level_sizes: (width, height) of each level, px.
         level_mpps: um/px of each level.
+        level_scales: Level-0 px per px of each level, (x, y).
         origin_xy: Where the scanned area starts, level-0 px; (0, 0) unless the file has
             openslide.bounds-x and -y.
         extent_xy: Where it ends (exclusive), level-0 px; the slide's size unless bounds say less.
     """
 
-    def __init__(self, path: Path, handle: openslide.OpenSlide, slide_id: str, mpp: float | None):
+    def __init__(
+        self,
+        path: Path,
+        handle: openslide.OpenSlide | TiffHandle,
+        slide_id: str,
+        mpp: float | None,
+    ):
         self.path = path
         self.slide_id = slide_id
-        self._handle: openslide.OpenSlide | None = handle
+        self._handle: openslide.OpenSlide | TiffHandle | None = handle
         properties = dict(handle.properties)
         self.vendor = properties.get("openslide.vendor", "")
+        self.objective = properties.get("openslide.objective-power", "")
         self.mpp0, self.mpp_source = _resolve_mpp(slide_id, properties, mpp)
         self.size_level0: tuple[int, int] = handle.dimensions
+        self._check_area()
         self.level_sizes: tuple[tuple[int, int], ...] = handle.level_dimensions
         self._openslide_downsamples: tuple[float, ...] = handle.level_downsamples
-        self._level_scales = [_level_scale(self.size_level0, size) for size in self.level_sizes]
-        self.level_mpps = tuple(self.mpp0 * (sx + sy) / 2 for sx, sy in self._level_scales)
+        self.level_scales = [_level_scale(self.size_level0, size) for size in self.level_sizes]
+        self.level_mpps = tuple(self.mpp0 * (sx + sy) / 2 for sx, sy in self.level_scales)
         self.origin_xy, self.extent_xy = _bounds(properties, self.size_level0)
+
+    def _check_area(self) -> None:
+        width, height = (n * self.mpp0 / 1000 for n in self.size_level0)
+        if not 0 < width * height <= MAX_AREA_MM2:
+            raise SlideScaleError(
+                f"{self.slide_id}: {self.size_level0[0]} x {self.size_level0[1]} px of "
+                f"{self.mpp0:g} um are {width:,.4g} x {height:,.4g} mm, which no glass has. Give "
+                "the right um/px (--slide-mpp, or an mpp column in the slide CSV), or copy the "
+                "file again."
+            )
 
     def __enter__(self) -> Slide:
         return self
@@ -147,6 +176,35 @@ class Slide:
             ValueError: A size below 1 px or a position that is no number.
         """
         width, height = (size_px, size_px) if isinstance(size_px, int) else size_px
+        level, across, down = self.plan_read(xy_level0, size_px, mpp, allow_coarse=allow_coarse)
+        pixels = self.read_canvas(level, across, down)
+        box = (across.box[0], down.box[0], across.box[1], down.box[1])
+        return resample(pixels, (width, height), box)
+
+    def plan_read(
+        self,
+        xy_level0: tuple[float, float],
+        size_px: int | tuple[int, int],
+        mpp: float,
+        *,
+        allow_coarse: bool = False,
+    ) -> tuple[int, AxisRead, AxisRead]:
+        """Which stored pixels `read_region` resamples, without reading them.
+
+        Args:
+            xy_level0: See `read_region`, as the others.
+            size_px: Of the result.
+            mpp: Of the result.
+            allow_coarse: Enlarge level 0 by more than 10% if need be.
+
+        Returns:
+            The level, and its pixels across and down.
+
+        Raises:
+            SlideScaleError: See `level_for`.
+            ValueError: A size below 1 px or a position that is no number.
+        """
+        width, height = (size_px, size_px) if isinstance(size_px, int) else size_px
         x, y = (float(v) for v in xy_level0)
         if width < 1 or height < 1 or not (math.isfinite(x) and math.isfinite(y)):
             raise ValueError(
@@ -155,21 +213,18 @@ class Slide:
             )
         level = self.level_for(mpp, allow_coarse=allow_coarse)
         step = mpp / self.mpp0  # level-0 px per px of the result
-        spans = [
-            _AxisRead.plan(start / scale, (start + n * step) / scale, n, level_px, size0 / scale)
+        across, down = (
+            AxisRead.plan(start / scale, (start + n * step) / scale, n, level_px, size0 / scale)
             for start, n, scale, level_px, size0 in zip(
                 (x, y),
                 (width, height),
-                self._level_scales[level],
+                self.level_scales[level],
                 self.level_sizes[level],
                 self.size_level0,
                 strict=True,
             )
-        ]
-        across, down = spans
-        pixels = self._canvas(level, across, down)
-        box = (across.box[0], down.box[0], across.box[1], down.box[1])
-        return resample(pixels, (width, height), box)
+        )
+        return level, across, down
 
     def thumbnail(self, mpp: float) -> tuple[np.ndarray, float]:
         """The whole slide at about `mpp`, read in blocks, so that memory stays small.
@@ -212,6 +267,7 @@ class Slide:
             for top in range(0, height, side)
             for left in range(0, width, side)
         ]
+        failures = 0
         while blocks:
             left, top, right, bottom = blocks.pop()
             try:
@@ -221,8 +277,10 @@ class Slide:
             except SlideReadError:
                 if not skip_unreadable:
                     raise
+                failures += 1
                 # One bad tile must not hide its readable neighbours.
-                if min(right - left, bottom - top) > THUMBNAIL_LEAST_BLOCK_PX:
+                large = min(right - left, bottom - top) > THUMBNAIL_LEAST_BLOCK_PX
+                if large and failures < THUMBNAIL_MOST_FAILURES:
                     blocks += _quarters(left, top, right, bottom)
                 else:
                     gaps[top:bottom, left:right] = True
@@ -230,12 +288,24 @@ class Slide:
             out[top:bottom, left:right] = pixels
         return out, gaps, mpp
 
-    def _canvas(self, level: int, across: _AxisRead, down: _AxisRead) -> np.ndarray:
-        """What the kernel may see: the slide's pixels, white where the region leaves the slide."""
+    def read_canvas(self, level: int, across: AxisRead, down: AxisRead) -> np.ndarray:
+        """What the kernel may see: the slide's pixels, white where the region leaves the slide.
+
+        Args:
+            level: Number of a level.
+            across: Columns, from `plan_read`.
+            down: Rows, likewise.
+
+        Returns:
+            (down.stop - down.start, across.stop - across.start, 3) uint8 RGB.
+
+        Raises:
+            SlideReadError: OpenSlide could not decode it. The slide stays usable.
+        """
         canvas = np.full((down.stop - down.start, across.stop - across.start, 3), 255, np.uint8)
         if across.read_stop <= across.read_start or down.read_stop <= down.read_start:
             return canvas
-        pixels = self._read_level(
+        pixels = self.read_stored(
             level, (across.read_start, down.read_start), (across.read_stop, down.read_stop)
         )
         pad = (down.edge_px, across.edge_px)
@@ -245,8 +315,20 @@ class Slide:
         canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
         return canvas
 
-    def _read_level(self, level: int, start: tuple[int, int], stop: tuple[int, int]) -> np.ndarray:
-        """Stored pixels [start, stop) of a level, on white, without OpenSlide's blending."""
+    def read_stored(self, level: int, start: tuple[int, int], stop: tuple[int, int]) -> np.ndarray:
+        """Stored pixels of a level, on white, without OpenSlide's blending.
+
+        Args:
+            level: Its number.
+            start: First (x, y), px of the level, inside it.
+            stop: One past the last.
+
+        Returns:
+            (stop_y - start_y, stop_x - start_x, 3) uint8 RGB.
+
+        Raises:
+            SlideReadError: OpenSlide could not decode it. The slide stays usable.
+        """
         downsample = self._openslide_downsamples[level]
         # OpenSlide takes whole level-0 pixels and divides them by a downsample that is the mean of
         # x and y, so the start of a read can fall between two pixels of the level.
@@ -270,7 +352,8 @@ class Slide:
             self.close()
             raise SlideReadError(
                 f"{self.slide_id}: level {level}, {size[0]} x {size[1]} px at level-0 {at}: "
-                f"{error}. The file is damaged there; copy or download it again."
+                f"{error}. The file is damaged there, or stored in a way that cannot be decoded; "
+                "copy or download it again, or convert it to a tiled TIFF of 8-bit RGB."
             ) from error
         if image.getchannel("A").getextrema() == (255, 255):
             return np.asarray(image.convert("RGB"))
@@ -278,7 +361,7 @@ class Slide:
         return np.asarray(Image.alpha_composite(white, image).convert("RGB"))
 
 
-class _AxisRead:
+class AxisRead:
     """One axis of a read, in pixels of the level.
 
     [start, stop) is what the kernel may see, box the region inside it (relative to start),
@@ -291,7 +374,7 @@ class _AxisRead:
     @classmethod
     def plan(
         cls, first: float, last: float, n_px: int, level_px: int, slide_end: float
-    ) -> _AxisRead:
+    ) -> AxisRead:
         """Plan for the region [first, last) that becomes `n_px`; `slide_end` ends the slide."""
         stretch = max(1.0, (last - first) / n_px)
         margin = math.ceil(LANCZOS_SUPPORT * stretch) + BLEND_MARGIN_PX
@@ -310,19 +393,19 @@ class _AxisRead:
 def open_slide(
     path: str | os.PathLike[str], mpp: float | None = None, *, slide_id: str | None = None
 ) -> Slide:
-    """Open a slide with OpenSlide.
+    """Open a slide with OpenSlide, or a TIFF that OpenSlide refuses with tifffile.
 
     Args:
-        path: A file that OpenSlide reads.
-        mpp: um/px of level 0; overrules the file. None: openslide.mpp-x and -y, else the TIFF
-            resolution tags.
+        path: A file that one of them reads.
+        mpp: um/px of level 0; overrules the file. None: OME-XML's, else openslide.mpp-x and -y,
+            else the TIFF resolution tags.
         slide_id: Name in messages and results; default the file's stem.
 
     Returns:
         The open slide; close it, or use it in a `with`.
 
     Raises:
-        SlideOpenError: No such file, or OpenSlide cannot read it.
+        SlideOpenError: No such file, or it cannot be read.
         SlideScaleError: um/px missing, outside 0.05 to 20, or x and y differ by more than 5%.
     """
     path = Path(path)
@@ -355,7 +438,15 @@ def resample(
         its two passes).
     """
     image = Image.fromarray(pixels)
-    return np.asarray(image.resize(size_px, Image.Resampling.LANCZOS, box, reducing_gap=None))
+    (width, height), (left, top, right, bottom) = size_px, box
+    # Pillow begins with the rows where an image is taller than wide. It clips and rounds between
+    # the passes, so a patch would depend on how much is read around it: columns first, always.
+    for size, part in (
+        ((width, image.height), (left, 0, right, image.height)),
+        ((width, height), (0, top, width, bottom)),
+    ):
+        image = image.resize(size, Image.Resampling.LANCZOS, part, reducing_gap=None)
+    return np.asarray(image)
 
 
 def sha256_head(path: str | os.PathLike[str]) -> str:
@@ -367,21 +458,31 @@ def sha256_head(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide:
+def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
     if not os.path.isfile(path):  # False, not an error, where the folder may not be looked into
         raise SlideOpenError(f"{slide_id}: no file at {path}. Check the path, or drop the slide.")
     try:
+        check_tiles(path)
         handle = openslide.OpenSlide(path)
         handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         return handle
-    except openslide.OpenSlideUnsupportedFormatError as error:
+    except ValueError as error:
         raise SlideOpenError(
-            f"{slide_id}: {path} ({path.stat().st_size:,} bytes) is in no format that OpenSlide "
-            "reads. Convert it to a tiled TIFF, or copy it again if it should be a slide."
+            f"{slide_id}: {path} is damaged: {error}. Copy or download it again."
         ) from error
     except openslide.OpenSlideError as error:
+        unknown = isinstance(error, openslide.OpenSlideUnsupportedFormatError)
+        if (unknown or "Unsupported" in str(error)) and is_tiff(path):
+            return open_tiff(path, slide_id)
+        if unknown:
+            raise SlideOpenError(
+                f"{slide_id}: {path} ({path.stat().st_size:,} bytes) is in no format that "
+                "OpenSlide reads. Convert it to a tiled TIFF, or copy it again if it should be a "
+                "slide."
+            ) from error
         raise SlideOpenError(
-            f"{slide_id}: {path} cannot be opened: {error}. Copy or download it again."
+            f"{slide_id}: {path} cannot be opened: {error}. Copy or download it again, or convert "
+            "it to a tiled TIFF of 8-bit RGB."
         ) from error
 
 
@@ -391,6 +492,9 @@ def _resolve_mpp(
     """(um/px of level 0, where it is from)."""
     if given is not None:
         return _plausible_mpp(slide_id, given, given, "given"), "given"
+    ome = ome_mpp(properties.get("tiff.ImageDescription", ""))
+    if ome is not None:
+        return _plausible_mpp(slide_id, *ome, "OME PhysicalSizeX, -Y"), "ome"
     texts = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
     if texts[0] is not None and texts[1] is not None:
         x, y = (_number(text) for text in texts)

@@ -1,0 +1,118 @@
+"""What is kept of slides: the right numbers, complete or absent, and of this very slide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from xmag_hf.embedding import EmbedOptions, SlideSource
+from xmag_hf.embedding.plan import PatchGeometry
+from xmag_hf.mil.errors import MILError
+from xmag_hf.mil.frozen_cache import FrozenCache, fill_cache
+
+GEOMETRY = PatchGeometry(224, 2.0, 0, 224, 2.0, 0.0)
+READING = EmbedOptions(slide_mpp=2.0, tissue=0.0, threads=1)
+
+
+@pytest.fixture
+def slide(tmp_path: Path, cmu_pixels: np.ndarray) -> Path:
+    """Two rows of three patches."""
+    path = tmp_path / "slide.png"
+    Image.fromarray(np.ascontiguousarray(cmu_pixels[500:948, 700:1372])).save(path)
+    return path
+
+
+def cache_in(folder: Path, dtype: str = "float32") -> FrozenCache:
+    return FrozenCache(folder / "cache", dtype == "uint8", dtype, GEOMETRY, READING)
+
+
+def means(pixels: torch.Tensor) -> torch.Tensor:
+    """(n, 224, 224, 3) -> (n, 4, 3), means of the quarters."""
+    return pixels.double().reshape(-1, 2, 112, 2, 112, 3).mean(dim=(2, 4)).reshape(-1, 4, 3)
+
+
+def test_rows_are_those_of_the_patches_in_their_order(
+    slide: Path, tmp_path: Path, cmu_pixels: np.ndarray
+) -> None:
+    cache = cache_in(tmp_path)
+    assert fill_cache(cache, [SlideSource(slide)], means, batch_size=4) == {}
+    tiles = [
+        cmu_pixels[500 + y : 724 + y, 700 + x : 924 + x] for y in (0, 224) for x in (0, 224, 448)
+    ]
+    np.testing.assert_allclose(
+        cache.rows("slide"), means(torch.from_numpy(np.stack(tiles))), rtol=1e-6
+    )
+    pixels = cache_in(tmp_path / "pixels", "uint8")
+    fill_cache(pixels, [SlideSource(slide)], lambda part: part, batch_size=4)
+    np.testing.assert_array_equal(pixels.rows("slide"), np.stack(tiles))
+
+
+def test_nothing_is_computed_twice_and_another_slide_is(slide: Path, tmp_path: Path) -> None:
+    cache, calls = cache_in(tmp_path), []
+
+    def counted(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return means(pixels)
+
+    for _ in range(2):
+        fill_cache(cache, [SlideSource(slide)], counted, batch_size=6)
+    assert calls == [6]
+    before = cache.rows("slide")
+    with Image.open(slide) as image:
+        turned = image.rotate(180)
+    turned.save(slide)
+    fill_cache(cache, [SlideSource(slide)], counted, batch_size=6)
+    assert calls == [6, 6]
+    np.testing.assert_allclose(cache.rows("slide"), before.flip(0, 1), rtol=1e-6)
+
+
+def test_an_interrupted_slide_leaves_nothing(slide: Path, tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+
+    def broken(pixels: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(cache, [SlideSource(slide)], broken, batch_size=2)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_what_half_precision_cannot_hold_is_refused(slide: Path, tmp_path: Path) -> None:
+    cache = cache_in(tmp_path, "float16")
+    with pytest.raises(MILError, match=r"slide: .*exceeds float16.*--kept-type float32"):
+        fill_cache(cache, [SlideSource(slide)], lambda p: means(p) * 1e4, batch_size=6)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_slides_without_use_are_told(tmp_path: Path, slide: Path) -> None:
+    white, torn = tmp_path / "white.png", tmp_path / "torn.png"
+    Image.new("RGB", (448, 448), "white").save(white)
+    torn.write_bytes(slide.read_bytes()[:5000])
+    reading = EmbedOptions(slide_mpp=2.0, tissue=0.25, threads=1)
+    cache = FrozenCache(tmp_path / "cache", False, "float32", GEOMETRY, reading)
+    found = fill_cache(
+        cache,
+        [SlideSource(white), SlideSource(torn), SlideSource(tmp_path / "gone.png")],
+        means,
+        batch_size=4,
+    )
+    assert "holds enough tissue" in found["white"] and "torn" in found["torn"]
+    assert found.keys() == {"white", "torn", "gone"}
+    assert not list(cache.folder.glob("*.h5"))
+
+
+def test_a_damaged_file_is_named_and_made_anew(slide: Path, tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    fill_cache(cache, [SlideSource(slide)], means, batch_size=6)
+    path = cache.path("slide")
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(MILError, match=r"slide\.h5: damaged"):
+        cache.rows("slide")
+    fill_cache(cache, [SlideSource(slide)], means, batch_size=6)
+    with h5py.File(path) as file:
+        assert file["coords"].shape == (6, 2)

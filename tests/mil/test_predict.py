@@ -1,0 +1,168 @@
+"""Heads on new slides: from bags, and from slides by way of an encoder."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from xmag_hf.cli.main import main
+from xmag_hf.embedding import Bag, BagInfo, EmbedOptions, SlideSource, embed_slide, write_bag
+from xmag_hf.encoders import load_encoder
+from xmag_hf.mil import MILError, check_bag, load_head, predict_bag
+from xmag_hf.mil.predict import predict_slides
+from xmag_hf.modeling import (
+    XMAGABMILConfig,
+    XMAGABMILModel,
+    XMAGConfig,
+    XMAGModel,
+)
+from xmag_hf.modeling.convert import image_processor_for
+
+D = 6
+INFO = BagInfo(
+    encoder="made-up", encoder_revision="1", pooling="cls", mpp=2.0, patch_px=224, mpp0=0.5
+)
+LABELS = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+
+
+def make_head(folder: Path, **identity) -> Path:
+    torch.manual_seed(0)
+    values = {
+        "embed_dim": D, "encoder": "made-up", "encoder_revision": "1", "pooling": "cls",
+        "mpp": 2.0, "patch_px": 224, **identity,
+    }  # fmt: skip
+    XMAGABMILModel(
+        XMAGABMILConfig(hidden_dim=8, attention_dim=4, **LABELS, **values)
+    ).save_pretrained(folder)
+    return folder
+
+
+def bag_of(name: str, rows: int = 7, info: BagInfo = INFO, dim: int = D) -> Bag:
+    features = np.random.default_rng(rows).normal(size=(rows, dim)).astype(np.float16)
+    return Bag(name, features, np.zeros((rows, 2), np.int64), info)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory) -> Path:
+    return make_head(tmp_path_factory.mktemp("head") / "head")
+
+
+def test_prediction_is_the_models(head):
+    model, bag = load_head(head), bag_of("s")
+    check_bag(model.config, bag)
+    made = predict_bag(model, bag)
+    with torch.inference_mode():
+        output = model(torch.from_numpy(bag.features.astype(np.float32))[None])
+    exp = np.exp(output.logits[0].double().numpy())
+    np.testing.assert_allclose(made.probabilities, exp / exp.sum(), rtol=1e-6)
+    np.testing.assert_allclose(made.attentions, output.attentions[0], rtol=1e-6)
+    assert made.label == "abc"[int(exp.argmax())] and len(made.attentions) == 7
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"encoder": "other"}, "encoder 'other', not 'made-up'"),
+        ({"encoder_revision": "2"}, "encoder_revision '2', not '1'"),
+        ({"pooling": "mean"}, "pooling 'mean', not 'cls'"),
+        ({"mpp": 0.5}, "mpp 0.5, not 2.0"),
+        ({"patch_px": 256}, "patch_px 256, not 224"),
+        ({"encoder": None}, "encoder None, not 'made-up'"),
+    ],
+)
+def test_bags_of_another_encoder_are_refused(head, change, words):
+    bag = bag_of("s", info=dataclasses.replace(INFO, **change))
+    with pytest.raises(MILError, match=f"^s: not a bag for this head: {words}"):
+        check_bag(load_head(head).config, bag)
+
+
+def test_bags_that_hold_nothing_to_predict_from(head):
+    config = load_head(head).config
+    with pytest.raises(MILError, match="embed_dim 5, not 6"):
+        check_bag(config, bag_of("s", dim=5))
+    with pytest.raises(MILError, match="s: an empty bag"):
+        check_bag(config, bag_of("s", rows=0))
+    bag = bag_of("s")
+    bag.features[2, 1] = np.nan
+    with pytest.raises(MILError, match="s: NaN"):
+        check_bag(config, bag)
+
+
+def test_bags_to_csv_and_bad_ones_do_not_end_the_run(head, tmp_path, capsys):
+    bags = tmp_path / "bags"
+    bags.mkdir()
+    for name in ("one", "two"):
+        write_bag(bags / f"{name}.h5", bag_of(name, rows=len(name) + ord(name[0]) % 5))
+    write_bag(bags / "other.h5", bag_of("other", info=dataclasses.replace(INFO, mpp=0.5)))
+    (bags / "torn.h5").write_bytes((bags / "one.h5").read_bytes()[:50])
+    out = tmp_path / "p.csv"
+    arguments = ["predict", str(bags), "--head", str(head), "--out", str(out), "--quiet"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "mpp 0.5, not 2.0" in printed and "torn" in printed
+    with out.open(newline="") as stream:
+        rows = {row["slide_id"]: row for row in csv.DictReader(stream)}
+    assert list(rows["one"]) == ["slide_id", "predicted", "p_a", "p_b", "p_c", "patches", "reason"]
+    model = load_head(head)
+    for name in ("one", "two"):
+        made = predict_bag(model, bag_of(name, rows=len(name) + ord(name[0]) % 5))
+        told = [float(rows[name][f"p_{c}"]) for c in "abc"]
+        assert told == pytest.approx(made.probabilities.tolist(), abs=1e-6)
+        assert rows[name]["predicted"] == made.label and rows[name]["reason"] == ""
+    assert rows["other"]["predicted"] == "" and "not a bag" in rows["other"]["reason"]
+    assert main([*arguments[:1], str(bags / "one.h5"), *arguments[2:]]) == 0
+
+
+def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
+    """Slide -> CSV equals embedding by hand and asking the head."""
+    torch.manual_seed(0)
+    student = XMAGModel(XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3))
+    student.save_pretrained(tmp_path / "student")
+    image_processor_for(student).save_pretrained(tmp_path / "student")
+    encoder = load_encoder(str(tmp_path / "student"))
+    bag = embed_slide(cmu_slide, encoder, EmbedOptions(mpp=4.0, patch_px=112))
+    head = make_head(tmp_path / "head", embed_dim=24, mpp=4.0, patch_px=112,
+                     encoder=encoder.name, encoder_revision=encoder.revision)  # fmt: skip
+    expected = predict_bag(load_head(head), bag)
+    out = tmp_path / "p.csv"
+    arguments = ["predict", str(cmu_slide), "--head", str(head), "--out", str(out), "--quiet"]
+    assert main([*arguments, "--model", str(tmp_path / "student")]) == 0
+    with out.open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    told = [float(row[f"p_{c}"]) for c in "abc"]
+    assert told == pytest.approx(expected.probabilities.tolist(), abs=1e-5)
+    assert int(row["patches"]) == len(bag.features) >= 3
+    capsys.readouterr()
+    assert main(arguments) == 1  # no table names this encoder
+    assert "Say where that encoder is (--model)" in capsys.readouterr().err
+    # Other weights of the same architecture are another encoder.
+    with torch.no_grad():
+        student.layernorm.weight.mul_(2)
+    student.save_pretrained(tmp_path / "student")
+    assert main([*arguments, "--model", str(tmp_path / "student")]) == 1
+    assert "and this head takes bags of" in capsys.readouterr().err
+    sources = [SlideSource(tmp_path / "none.svs")]
+    model = load_head(head)
+    model.config.encoder_revision = load_encoder(str(tmp_path / "student")).revision
+    (answer,) = predict_slides(model, sources, str(tmp_path / "student"), EmbedOptions())
+    assert answer.prediction is None and "none" in answer.reason
+
+
+@pytest.mark.parametrize("what", ["nothing", "encoder", "no weights"])
+def test_what_is_no_head(head, tmp_path, what):
+    folder = tmp_path / "model"
+    words = "no head there that loads"
+    if what == "encoder":
+        config = XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
+        XMAGModel(config).save_pretrained(folder)
+        words = "is xmag, which is no head"
+    if what == "no weights":
+        folder.mkdir()
+        (folder / "config.json").write_bytes((head / "config.json").read_bytes())
+    with pytest.raises(MILError, match=words):
+        load_head(folder)

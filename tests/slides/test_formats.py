@@ -1,0 +1,282 @@
+"""Formats beside the tiled TIFF: what OpenSlide refuses, OME, DICOM, deep and grey pixels."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from dicom_slide import write_dicom
+from giant_tiff import write_giant
+from lanczos_reference import expected_region
+
+from xmag_hf.slides import (
+    SlideOpenError,
+    SlideReadError,
+    SlideScaleError,
+    find_tissue,
+    open_slide,
+)
+from xmag_hf.slides.tiff import ome_mpp
+
+SCALE = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER", "metadata": None}
+TILED = {"tile": (256, 256)}
+
+
+@pytest.fixture(scope="module")
+def pixels(cmu_pixels: np.ndarray) -> np.ndarray:
+    """(700, 900, 3) uint8 of tissue, taken as 0.5 um/px."""
+    return cmu_pixels[900:1600, 700:1600]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"rowsperstrip": 16},  # mapped
+        {"rowsperstrip": 48, "compression": "zlib", "predictor": True},
+        {"byteorder": ">", "compression": "lzw", **TILED},
+        {"compression": "jpeg2000", **TILED},
+        {"planarconfig": "separate", "rowsperstrip": 32, "compression": "zlib"},
+    ],
+    ids=["strips", "zlib strips", "big-endian", "jpeg2000", "planar"],
+)
+def test_tiffs_that_openslide_refuses(tmp_path, pixels, how):
+    stored = np.moveaxis(pixels, 2, 0) if "planarconfig" in how else pixels
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stored, photometric="rgb", **SCALE, **how)
+    with open_slide(path) as slide:
+        assert (slide.vendor, slide.mpp0, slide.mpp_source) == ("tifffile", 0.5, "tiff")
+        assert (slide.read_region((0, 0), (900, 700), 0.5) == pixels).all()
+        corner = slide.read_region((850, 650), 100, 0.5)
+        actual = slide.read_region((311.3, 207.6), (60, 50), 1.7)
+    assert (corner[:50, :50] == pixels[650:, 850:]).all()
+    assert (corner[50:] == 255).all() and (corner[:, 50:] == 255).all()
+    expected = expected_region(pixels, 1, (311.3, 207.6), (60, 50), 1.7, 0.5)
+    assert np.abs(actual - expected).max() <= 1
+
+
+def write_ome(path: Path, pixels: np.ndarray, size: float, unit: str, **how: object) -> Path:
+    """An OME-TIFF with a second level, reduced by 4, in a SubIFD."""
+    physical = {
+        f"PhysicalSize{axis}{n}": v for axis in "XY" for n, v in (("", size), ("Unit", unit))
+    }
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(pixels, photometric="rgb", subifds=1, metadata={"axes": "YXS"} | physical, **how)
+        file.write(pixels[::4, ::4], photometric="rgb", subfiletype=1, **how)
+    return path
+
+
+@pytest.mark.parametrize(("size", "unit"), [(0.5, "µm"), (500.0, "nm"), (5e-4, "mm")])
+@pytest.mark.parametrize("how", [TILED, {"compression": "zlib"}], ids=["openslide", "tifffile"])
+def test_ome_tiff_has_its_own_scale(tmp_path, pixels, size, unit, how):
+    """Written by tifffile without resolution tags: only the XML knows."""
+    path = write_ome(tmp_path / "a.ome.tif", pixels, size, unit, **how)
+    with open_slide(path) as slide:
+        assert slide.mpp0 == pytest.approx(0.5, rel=1e-9)
+        assert slide.mpp_source == "ome"
+        if slide.vendor == "tifffile":  # OpenSlide sees no SubIFDs
+            assert slide.level_sizes == ((900, 700), (225, 175))
+            level = pixels[::4, ::4]
+            expected = expected_region(level, 4, (101, 203), (40, 30), 2.9, 0.5)
+            assert np.abs(slide.read_region((101, 203), (40, 30), 2.9) - expected).max() <= 1
+
+
+OME = '<OME xmlns="http://www.openmicroscopy.org"><Image><Pixels {}/></Image></OME>'
+
+
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [
+        (OME.format('PhysicalSizeX="0.25" PhysicalSizeY="0.26"'), (0.25, 0.26)),  # um by default
+        (OME.format('PhysicalSizeX="1" PhysicalSizeXUnit="pixel" PhysicalSizeY="1"'), None),
+        (OME.format('SizeX="20"'), None),
+        (OME.format('PhysicalSizeX="0,25" PhysicalSizeY="0,25"'), None),
+        ("<OME><Pixels", None),
+        ("Aperio Image Library |MPP = 0.25", None),
+    ],
+)
+def test_scale_of_ome_xml(description, expected):
+    assert ome_mpp(description) == expected
+
+
+@pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["openslide", "tifffile"])
+def test_of_sixteen_bits_the_upper_eight(tmp_path, pixels, how):
+    """65,535 is white: what both readers make of it."""
+    path = tmp_path / "deep.tif"
+    tifffile.imwrite(path, pixels.astype(np.uint16) * 257, photometric="rgb", **SCALE, **how)
+    with open_slide(path) as slide:
+        assert (slide.read_region((0, 0), (900, 700), 0.5) == pixels).all()
+
+
+@pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["openslide", "tifffile"])
+def test_grey_is_read_as_grey_and_has_no_tissue(tmp_path, pixels, how):
+    grey = pixels.mean(axis=2).astype(np.uint8)
+    path = tmp_path / "grey.tif"
+    tifffile.imwrite(path, grey, photometric="minisblack", **SCALE, **how)
+    with open_slide(path) as slide:
+        assert (slide.read_region((0, 0), (900, 700), 0.5) == grey[..., None]).all()
+        assert not find_tissue(slide).mask.any()
+
+
+@pytest.mark.parametrize("kind", ["unassalpha", "assocalpha"])
+@pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["openslide", "tifffile"])
+def test_transparency_shows_white_glass(tmp_path, pixels, kind, how):
+    share = np.zeros((700, 900, 1))
+    share[:, 550:600], share[:, 600:] = 100 / 255, 1.0
+    colours = pixels * share if kind == "assocalpha" else pixels
+    stored = np.rint(np.concatenate([colours, share * 255], axis=2)).astype(np.uint8)
+    path = tmp_path / "alpha.tif"
+    tifffile.imwrite(path, stored, photometric="rgb", extrasamples=[kind], **SCALE, **how)
+    with open_slide(path) as slide:
+        actual = slide.read_region((0, 0), (900, 700), 0.5)
+        tissue = find_tissue(slide)
+    # Premultiplied bytes lose half a level of their 100/255, and both readers round again.
+    assert np.abs(actual - (pixels * share + 255 * (1 - share))).max() <= 2
+    assert not tissue.mask[:, : int(500 / tissue.pixel_level0)].any()
+    assert tissue.mask[:, int(700 / tissue.pixel_level0) :].any()
+
+
+@pytest.mark.parametrize("byteorder", ["<", ">"], ids=["openslide", "tifffile"])
+def test_absent_tiles_are_glass(tmp_path, pixels, byteorder):
+    """Offset and length 0: scanners leave out what they did not scan."""
+    path = tmp_path / "sparse.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", byteorder=byteorder, **SCALE, **TILED)
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        for name in ("TileOffsets", "TileByteCounts"):
+            tag = file.pages[0].tags[name]
+            size = tag.dtype.itemsize if hasattr(tag.dtype, "itemsize") else {3: 2, 4: 4}[tag.dtype]
+            at = tag.valueoffset + 5 * size  # second row, second column
+            content[at : at + size] = bytes(size)
+    path.write_bytes(content)
+    expected = pixels.copy()
+    expected[256:512, 256:512] = 255
+    with open_slide(path) as slide:
+        assert (slide.read_region((0, 0), (900, 700), 0.5) == expected).all()
+
+
+def test_a_corrupt_strip_costs_only_its_rows(tmp_path, pixels):
+    path = tmp_path / "damaged.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", compression="zlib", rowsperstrip=100, **SCALE)
+    with tifffile.TiffFile(path) as file:
+        offset, count = file.pages[0].dataoffsets[3], file.pages[0].databytecounts[3]
+    content = bytearray(path.read_bytes())
+    content[offset : offset + count] = bytes(count)
+    path.write_bytes(content)
+    with open_slide(path) as slide:
+        assert (slide.read_region((0, 0), (900, 280), 0.5) == pixels[:280]).all()
+        with pytest.raises(SlideReadError, match="damaged: level 0"):
+            slide.read_region((10, 320), 40, 0.5)
+        assert (slide.read_region((0, 420), (900, 280), 0.5) == pixels[420:]).all()
+
+
+def test_a_region_does_not_decode_the_slide(tmp_path, pixels):
+    big = np.tile(pixels, (6, 6, 1))  # 68 MB
+    path = tmp_path / "big.tif"
+    tifffile.imwrite(path, big, photometric="rgb", compression="zlib", rowsperstrip=64, **SCALE)
+    del big
+    tracemalloc.start()
+    try:
+        with open_slide(path) as slide:
+            slide.read_region((3000, 2000), 64, 0.5)
+            assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_makes_no_picture_is_refused(tmp_path, pixels, monkeypatch):
+    def refused(said: str, stored: np.ndarray, **how: object) -> None:
+        path = tmp_path / "odd.tif"
+        tifffile.imwrite(path, stored, **(SCALE | how))
+        with pytest.raises(SlideOpenError, match=said) as caught:
+            open_slide(path)
+        assert "odd" in str(caught.value) and "8-bit RGB" in str(caught.value)
+
+    strips = {"rowsperstrip": 16}
+    real = (pixels / 255).astype(np.float32)
+    refused("3 samples of 32 bits, RGB", real, photometric="rgb", **strips)
+    refused("4 samples of 8 bits, SEPARATED", np.repeat(pixels[..., :1], 4, 2),
+            photometric="separated", **strips)  # fmt: skip
+    channels = np.moveaxis(pixels, 2, 0)
+    refused("on 3 pages", channels, photometric="minisblack", **strips,
+            metadata={"axes": "CYX"}, ome=True)  # fmt: skip
+    monkeypatch.setattr("xmag_hf.slides.tiff.MAX_SEGMENT_BYTES", 1_000_000)
+    refused("pieces of 1,890,000 bytes", pixels, photometric="rgb", compression="zlib",
+            rowsperstrip=700)  # fmt: skip
+
+
+def test_without_tifffile_it_says_what_to_install(tmp_path, pixels, monkeypatch):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", rowsperstrip=16, **SCALE)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(SlideOpenError, match=r"xmag-hf\[tiff\]"):
+        open_slide(path)
+
+
+def test_dicom(tmp_path, pixels):
+    """Against the pixels that went in; JPEG quality 98 changes them by a few levels."""
+    with open_slide(write_dicom(tmp_path / "a.dcm", pixels, 0.5)) as slide:
+        assert (slide.vendor, slide.mpp0, slide.objective) == ("dicom", 0.5, "20")
+        whole = slide.read_region((0, 0), (900, 700), 0.5).astype(int)
+        actual = slide.read_region((123, 45), (50, 60), 1.9)
+    assert np.abs(whole - pixels).mean() < 1.5
+    expected = expected_region(whole.astype(np.uint8), 1, (123, 45), (50, 60), 1.9, 0.5)
+    assert np.abs(actual - expected).max() <= 1
+    with pytest.raises(SlideScaleError, match="--slide-mpp"):
+        open_slide(write_dicom(tmp_path / "b.dcm", pixels, None))
+
+
+def test_a_slide_larger_than_any_glass_is_refused(tmp_path, pixels):
+    """Its overview would take all memory there is."""
+    path = write_giant(tmp_path / "vast.tif", 300_000, pixels[:256, :256], mpp=0.5, every=1)
+    with pytest.raises(SlideScaleError, match="vast: 300000 x 300000 px .* 150 x 150 mm"):
+        open_slide(path)
+    with open_slide(path, mpp=0.4) as slide:
+        assert slide.size_level0 == (300_000, 300_000)
+
+
+def changed(path: Path, page: int, tag: str, value: int) -> Path:
+    """The file with one number of a directory overwritten."""
+    with tifffile.TiffFile(path) as file:
+        found = file.pages[page].tags[tag]
+        at, size = found.valueoffset, found.valuebytecount // found.count
+    content = bytearray(path.read_bytes())
+    content[at : at + size] = value.to_bytes(size, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "tag", "value", "said"),
+    [
+        # OpenSlide ends the process: GLib cannot allocate 189 GB, or 4 GB.
+        (TILED, "TileWidth", 738_029_053, "tiles of 738,029,053 x 256 px"),
+        (TILED, "TileByteCounts", 2**32 - 1, "a tile of 4,294,967,295 bytes"),
+        # tifffile would look for them all.
+        ({"rowsperstrip": 16, "compression": "zlib"}, "ImageLength", 2**24, "1048576 pieces"),
+        ({"rowsperstrip": 16}, "ImageLength", 2**24, "1048576 pieces"),
+    ],
+)
+def test_headers_that_promise_too_much(tmp_path, pixels, how, tag, value, said):
+    path = tmp_path / "wild.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", **SCALE, **how)
+    with pytest.raises(SlideOpenError, match=said):
+        open_slide(changed(path, 0, tag, value))
+
+
+@pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["openslide", "tifffile"])
+def test_directories_in_a_circle(tmp_path, pixels, how):
+    """The first directory names itself as the next."""
+    path = tmp_path / "round.tif"
+    tifffile.imwrite(path, pixels, photometric="rgb", **SCALE, **how)
+    content = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        at = page.offset + 2 + 12 * len(page.tags)
+        content[at : at + 4] = page.offset.to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(SlideOpenError, match="circle"):
+        open_slide(path)

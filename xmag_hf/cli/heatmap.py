@@ -1,0 +1,51 @@
+"""Show where a head looks: picture, GeoJSON for QuPath, and the patches with most attention.
+
+Uses the stored bags; only a slide without one is embedded, by --model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.slides import add_slide_arguments, named_sources
+from xmag_hf.data_builders import CorpusError
+from xmag_hf.embedding.embed import check_sources
+from xmag_hf.embedding.options import EmbedError
+from xmag_hf.mil.errors import MILError
+from xmag_hf.mil.heatmap import HeatmapOptions, make_heatmaps
+
+EXAMPLE = "xmag heatmap slides/*.svs --head study/head --bags bags --out heatmaps"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Slides, head, folder, and every field of `HeatmapOptions`."""
+    add_slide_arguments(parser)
+    parser.add_argument(
+        "--head", required=True, metavar="H", help="folder of a trained head, or hf:ORG/NAME"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets the files")
+    add_options(parser, HeatmapOptions)
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Write the files of every slide; 1 if one failed."""
+    try:
+        options = read_options(HeatmapOptions, args)
+        sources = named_sources(args)
+        check_sources(sources)
+    except (CorpusError, EmbedError, MILError) as error:
+        parser.error(str(error))
+    failed = 0
+    for record in make_heatmaps(sources, args.head, args.out, options):
+        failed += record.status == "failed"
+        if record.reason:
+            print(f"{record.status}: {record.reason}")
+        else:
+            print(
+                f"{record.slide_id}: {record.label} {record.probability:.3f}, "
+                f"{record.patches:,} patches, {record.seconds:.1f} s -> "
+                f"{', '.join(str(path) for path in record.files)}"
+            )
+    return 1 if failed else 0

@@ -1,0 +1,79 @@
+"""Ask a head about slides: class probabilities as CSV, from stored bags or from the slides.
+
+Give bags (files, or folders of them), or slides, which are embedded as the head wants them; where
+no table names the head's encoder, --model says where it is. Both at once is not possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.progress import track
+
+from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.slides import add_slide_arguments, named_sources
+from xmag_hf.data_builders import CorpusError
+from xmag_hf.embedding.embed import check_sources
+from xmag_hf.embedding.options import EmbedError, EmbedOptions
+
+EXAMPLE = "xmag predict bags/ --head study/head --out predictions.csv"
+# What a head settles itself, or what makes files that are not kept here.
+SETTLED = ("mpp", "patch_px", "pooling", "tokens", "features", "preview")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Bags or slides, the head, and how slides are read."""
+    add_slide_arguments(parser)
+    parser.add_argument(
+        "--head", required=True, metavar="H", help="folder of a trained head, or hf:ORG/NAME"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="CSV", help="gets a line a slide"
+    )
+    parser.add_argument(
+        "--model", metavar="M", help="for slides: the head's encoder, if no table names it"
+    )
+    add_options(parser, EmbedOptions, skip=SETTLED)
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Write the CSV and print it; 1 if there is no answer for a slide."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from xmag_hf.mil.predict import load_head, predict_bags, predict_slides, write_answers
+
+    disable_progress_bar()
+    bags = _bags(args)
+    if bags:
+        model = load_head(args.head)
+        answers, count = predict_bags(model, bags), len(bags)
+    else:
+        try:
+            options, sources = read_options(EmbedOptions, args), named_sources(args)
+            check_sources(sources)
+        except (CorpusError, EmbedError) as error:
+            parser.error(str(error))
+        model = load_head(args.head)
+        answers = predict_slides(model, sources, args.model, options)
+        count = len(sources)
+    told = list(track(answers, "slides", count, transient=True, disable=args.quiet))
+    classes = [model.config.id2label[n] for n in range(model.config.num_labels)]
+    write_answers(args.out, classes, told)
+    for answer in told:
+        if answer.prediction is None:
+            print(f"failed: {answer.reason}")
+        else:
+            share = answer.prediction.probabilities.max()
+            print(f"{answer.slide_id}: {answer.prediction.label} {share:.3f}")
+    print(f"-> {args.out}")
+    return int(any(answer.prediction is None for answer in told))
+
+
+def _bags(args: argparse.Namespace) -> list[Path]:
+    """Bags that are named, or lie in named folders; none if slides are meant."""
+    found: list[Path] = []
+    for name in args.slides:
+        path = Path(name)
+        found += sorted(path.glob("[!.]*.h5")) if path.is_dir() else [path] * (path.suffix == ".h5")
+    return found

@@ -1,0 +1,410 @@
+"""Two or more studies on the same slides: scores with intervals, and paired tests of each pair."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xmag_hf.evaluation import (
+    EvaluationError,
+    Interval,
+    PairedTest,
+    accuracy,
+    bootstrap_ci,
+    bootstrap_test,
+    delong_test,
+    f1,
+    f1_bootstrap_test,
+    holm,
+    mcnemar_test,
+    roc_auc,
+)
+
+from .errors import MILError
+from .predictions import ONE, CohortPredictions, StudyPredictions, paired, read_predictions
+from .presets import load_preset
+
+AUC, ACCURACY, MACRO_F1, WEIGHTED_F1 = "AUC", "accuracy", "macro F1", "weighted F1"
+# name -> (metric, whether it takes probabilities instead of the predicted class)
+METRICS: dict[str, tuple[Callable[..., float], bool]] = {
+    AUC: (roc_auc, True),
+    ACCURACY: (accuracy, False),
+    MACRO_F1: (f1, False),
+    WEIGHTED_F1: (partial(f1, average="weighted"), False),
+}
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How studies are compared.
+
+    Raises:
+        MILError: A value outside its range, named.
+    """
+
+    names: tuple[str, ...] = field(
+        default=(), metadata={"help": "of the studies in tables; none: of their folders"}
+    )
+    cohort: str | None = field(
+        default=None, metadata={"help": "only this one ('internal' or an external one's name)"}
+    )
+    by_patient: bool = field(
+        default=False,
+        metadata={
+            "help": "draw whole patients: for several slides of a patient. All tests are "
+            "then bootstrap tests: DeLong and McNemar take slides as independent"
+        },
+    )
+    stratify: bool = field(
+        default=False, metadata={"help": "draw within each class, so that class sizes are kept"}
+    )
+    samples: int = field(default=1000, metadata={"help": "bootstrap resamples"})
+    level: float = field(default=0.95, metadata={"help": "of the intervals"})
+    seed: int = field(default=0, metadata={"help": "of the bootstrap"})
+    preset: str | None = field(
+        default=None, metadata={"help": "show the paper's values of this preset beside ours"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or not 0 < self.level < 1:
+            raise MILError(
+                f"samples={self.samples}, level={self.level}: at least 2, and between 0 and 1 "
+                "(0.95, say)."
+            )
+        if self.preset is not None:
+            load_preset(self.preset)
+
+
+@dataclass(frozen=True)
+class StudyScore:
+    """One metric of one study in one cohort.
+
+    Attributes:
+        cohort: Name.
+        study: Name.
+        metric: Name.
+        interval: Of the pooled predictions; NaN ends where there is none.
+        fold_mean: Mean over folds (models); NaN where no fold has the metric.
+        fold_sd: Standard deviation over folds (n - 1); NaN with fewer than two.
+        folds: That have the metric.
+        reason: Why something is NaN; empty otherwise.
+    """
+
+    cohort: str
+    study: str
+    metric: str
+    interval: Interval
+    fold_mean: float
+    fold_sd: float
+    folds: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class StudyTest:
+    """One paired test of two studies in one cohort; `test.difference` is first - second.
+
+    Attributes:
+        cohort: Name.
+        first: Name.
+        second: Name.
+        metric: Name.
+        test: Named, two-sided.
+        p_holm: Adjusted over all pairs of the cohort for this metric and test; NaN with one pair.
+        reason: Why there is no answer, or another test than usual; empty otherwise.
+    """
+
+    cohort: str
+    first: str
+    second: str
+    metric: str
+    test: PairedTest
+    p_holm: float = math.nan
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CohortFacts:
+    """What a reader must know of a cohort.
+
+    Attributes:
+        name: Of the cohort.
+        slides: In it.
+        patients: In it; None where unknown.
+        classes: Class -> slides.
+        pooling: How folds became one prediction per slide.
+        majority: Scores of always answering with the commonest class: metric -> value.
+    """
+
+    name: str
+    slides: int
+    patients: int | None
+    classes: dict[str, int]
+    pooling: str
+    majority: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """A finished comparison."""
+
+    options: CompareOptions
+    studies: tuple[str, ...]
+    cohorts: tuple[CohortFacts, ...]
+    scores: tuple[StudyScore, ...]
+    tests: tuple[StudyTest, ...]
+    remarks: tuple[str, ...]
+
+
+def compare_studies(paths: Sequence[Path], options: CompareOptions) -> CompareResult:
+    """Compare stored predictions.
+
+    Args:
+        paths: Study folders, predictions.csv files, or predictions of `xmag probe`.
+        options: See there.
+
+    Returns:
+        Scores, tests of every pair, and remarks.
+
+    Raises:
+        MILError: Unreadable predictions, or studies that are not of the same cases.
+    """
+    if options.names and len(options.names) != len(paths):
+        raise MILError(f"--names: {len(options.names)} names for {len(paths)} studies.")
+    names = options.names or (None,) * len(paths)
+    studies = [read_predictions(path, name) for path, name in zip(paths, names, strict=True)]
+    if options.cohort is not None:
+        studies = [_only(study, options.cohort) for study in studies]
+    studies = paired(studies)
+    for cohort, own in studies[0].cohorts.items():
+        if options.by_patient and own.patient_ids is None:
+            raise MILError(f"--by-patient: {cohort} has no patients. Leave it out.")
+    tests = [
+        adjusted
+        for cohort in studies[0].cohorts
+        for adjusted in _adjusted(
+            [
+                test
+                for one, other in itertools.combinations(studies, 2)
+                for test in _tests(cohort, one, other, options)
+            ]
+        )
+    ]
+    return score_studies(studies, options, tests)
+
+
+def score_studies(
+    studies: Sequence[StudyPredictions],
+    options: CompareOptions,
+    tests: Sequence[StudyTest] = (),
+) -> CompareResult:
+    """Scores, facts and remarks of studies of the same cases; of a single one too.
+
+    Args:
+        studies: As `paired` gives them, or one.
+        options: See there.
+        tests: Between them.
+
+    Returns:
+        The result with these tests.
+    """
+    cohorts = studies[0].cohorts
+    facts = [_facts(name, cohort, studies[0].classes) for name, cohort in cohorts.items()]
+    scores = [
+        _score(name, study.name, study.cohorts[name], metric, options)
+        for name in cohorts
+        for study in studies
+        for metric in METRICS
+    ]
+    return CompareResult(
+        options,
+        tuple(study.name for study in studies),
+        tuple(facts),
+        tuple(scores),
+        tuple(tests),
+        tuple(_remarks(facts, scores, tests, options)),
+    )
+
+
+def _only(study: StudyPredictions, cohort: str) -> StudyPredictions:
+    if cohort not in study.cohorts:
+        raise MILError(
+            f"--cohort {cohort}: {study.name} has {', '.join(study.cohorts)}. Name one of them."
+        )
+    return dataclasses.replace(study, cohorts={cohort: study.cohorts[cohort]})
+
+
+def _answers(probabilities: np.ndarray, metric: str) -> np.ndarray:
+    """What a metric takes: probabilities, or the class of the highest."""
+    return probabilities if METRICS[metric][1] else probabilities.argmax(axis=1)
+
+
+def _draws(cohort: CohortPredictions, options: CompareOptions) -> dict[str, Any]:
+    """Keywords of everything that resamples."""
+    return {
+        "clusters": cohort.patient_ids if options.by_patient else None,
+        "strata": cohort.labels if options.stratify else None,
+        "samples": options.samples,
+        "level": options.level,
+        "seed": options.seed,
+    }
+
+
+def _score(
+    name: str, study: str, cohort: CohortPredictions, metric: str, options: CompareOptions
+) -> StudyScore:
+    function = METRICS[metric][0]
+    answers = _answers(cohort.probabilities, metric)
+    reason = ""
+    try:
+        interval = bootstrap_ci(function, cohort.labels, answers, **_draws(cohort, options))
+    except EvaluationError as error:
+        reason, none = str(error), math.nan
+        estimate = _value(metric, cohort.labels, cohort.probabilities)
+        interval = Interval(estimate, none, none, options.level, 0, 0)
+    values = np.array([
+        _value(metric, cohort.labels[fold.rows], fold.probabilities) for fold in cohort.folds
+    ])  # fmt: skip
+    values = values[~np.isnan(values)]
+    mean = float(values.mean()) if len(values) else math.nan
+    sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+    return StudyScore(name, study, metric, interval, mean, sd, len(values), reason)
+
+
+def _value(metric: str, labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """The metric; NaN where it is undefined (a fold of one class)."""
+    try:
+        return float(METRICS[metric][0](labels, _answers(probabilities, metric)))
+    except EvaluationError:
+        return math.nan
+
+
+def _tests(
+    cohort: str, one: StudyPredictions, other: StudyPredictions, options: CompareOptions
+) -> list[StudyTest]:
+    first, second = one.cohorts[cohort], other.cohorts[cohort]
+    y, a, b = first.labels, first.probabilities, second.probabilities
+    picked = a.argmax(axis=1), b.argmax(axis=1)
+    draws, level = _draws(first, options), options.level
+    found: list[tuple[str, Callable[[], PairedTest]]] = []
+    if options.by_patient:
+        found.append((AUC, partial(bootstrap_test, roc_auc, y, a, b, name="bootstrap", **draws)))
+        found.append((ACCURACY, partial(bootstrap_test, accuracy, y, *picked, **draws)))
+    else:
+        found.append((AUC, partial(delong_test, y, a, b, level=level)))
+        for mid_p in (False, True):
+            found.append((ACCURACY, partial(mcnemar_test, y, *picked, mid_p=mid_p, level=level)))
+    found.append((MACRO_F1, partial(f1_bootstrap_test, y, *picked, **draws)))
+    tests = []
+    for metric, test in found:
+        answer, reason = _answer(metric, test, first, second, draws)
+        tests.append(StudyTest(cohort, one.name, other.name, metric, answer, reason=reason))
+    return tests
+
+
+def _answer(
+    metric: str,
+    test: Callable[[], PairedTest],
+    first: CohortPredictions,
+    second: CohortPredictions,
+    draws: dict[str, Any],
+) -> tuple[PairedTest, str]:
+    """The test, or DeLong's stand-in, or NaN; and why it is not the usual one."""
+    try:
+        return test(), ""
+    except EvaluationError as error:
+        reason = str(error)
+    if metric == AUC:
+        try:  # DeLong needs two cases a class and some variance; the bootstrap can still answer
+            both = first.probabilities, second.probabilities
+            return bootstrap_test(roc_auc, first.labels, *both, **draws), reason
+        except EvaluationError as error:
+            reason = str(error)
+    none = math.nan
+    one, other = (_value(metric, c.labels, c.probabilities) for c in (first, second))
+    return PairedTest(
+        "none", none, none, one, other, one - other, none, none, len(first.labels)
+    ), reason
+
+
+def _adjusted(tests: list[StudyTest]) -> list[StudyTest]:
+    """Holm over the pairs of a cohort, for each metric and test; nothing to adjust with one."""
+    families: dict[tuple[str, str], list[int]] = {}
+    for place, test in enumerate(tests):
+        if not math.isnan(test.test.p_value):
+            families.setdefault((test.metric, test.test.test), []).append(place)
+    out = list(tests)
+    for places in families.values():
+        if len(places) > 1:
+            adjusted = holm([tests[place].test.p_value for place in places])
+            for place, p_value in zip(places, adjusted, strict=True):
+                out[place] = dataclasses.replace(tests[place], p_holm=float(p_value))
+    return out
+
+
+def _facts(name: str, cohort: CohortPredictions, classes: tuple[str, ...]) -> CohortFacts:
+    counts = np.bincount(cohort.labels, minlength=len(classes))
+    always = np.full(len(cohort.labels), counts.argmax())
+    majority = {
+        metric: float(METRICS[metric][0](cohort.labels, always))
+        for metric in METRICS
+        if not METRICS[metric][1]
+    }
+    patients = None if cohort.patient_ids is None else len(set(cohort.patient_ids))
+    return CohortFacts(
+        name,
+        len(cohort.labels),
+        patients,
+        dict(zip(classes, counts.tolist(), strict=True)),
+        cohort.pooling,
+        majority | {AUC: 0.5},
+    )
+
+
+def _remarks(
+    facts: Sequence[CohortFacts],
+    scores: Sequence[StudyScore],
+    tests: Sequence[StudyTest],
+    options: CompareOptions,
+) -> list[str]:
+    lines = []
+    for cohort in facts:
+        counts = ", ".join(f"{name} {n}" for name, n in cohort.classes.items())
+        patients = "" if cohort.patients is None else f" of {cohort.patients:,} patients"
+        lines.append(f"{cohort.name}: {cohort.slides:,} slides{patients} ({counts})")
+        lines.append(f"{cohort.name}: {cohort.pooling}")
+        several = cohort.patients is not None and cohort.patients < cohort.slides
+        if several and not options.by_patient:
+            lines.append(
+                f"{cohort.name}: some patients have several slides, which are not independent: "
+                "intervals are too short and p-values too small. Add --by-patient"
+            )
+    unit = "patients" if options.by_patient else "slides"
+    within = " within each class" if options.stratify else ""
+    lines.append(
+        f"intervals: {100 * options.level:g}%, percentile bootstrap of {unit}{within}, "
+        f"{options.samples:,} resamples, seed {options.seed}; tests are two-sided"
+    )
+    if any(cohort.pooling != ONE for cohort in facts):
+        lines.append(
+            "per fold: mean +- standard deviation over folds. Tests and intervals are of these "
+            "trained models: they do not say what another training would have given"
+        )
+    if len({(test.first, test.second) for test in tests}) > 1:
+        lines.append("p (Holm): adjusted over the pairs of models, for each cohort and test")
+    lines += [f"{s.cohort}, {s.study}, {s.metric}: {s.reason}" for s in scores if s.reason]
+    lines += [
+        f"{t.cohort}, {t.first} and {t.second}, {t.metric}: {t.reason}" for t in tests if t.reason
+    ]
+    redrawn = sum(score.interval.redrawn for score in scores)
+    if redrawn:
+        lines.append(f"{redrawn:,} resamples that lost a class were drawn again")
+    return lines

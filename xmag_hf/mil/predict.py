@@ -1,0 +1,231 @@
+"""Heads on new slides: from stored bags, or from the slides themselves."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import xmag_hf  # noqa: F401  (registers the classes of heads with transformers)
+from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
+from xmag_hf.embedding.bag import IDENTITY, write_atomically
+from xmag_hf.embedding.options import POOLINGS
+from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
+from xmag_hf.encoders import ENCODERS, Encoder, load_encoder
+
+from .errors import MILError
+from .slide_models import own_encoder
+
+HUB_PREFIX = "hf:"
+HEAD_TYPES = ("xmag_abmil", "xmag_mean_pool", "xmag_slide")
+
+
+@dataclass(frozen=True, eq=False)
+class SlidePrediction:
+    """What a head says of a slide.
+
+    Attributes:
+        probabilities: (C,) float64, sum 1.
+        attentions: (M,) float32, sum 1.
+        label: The class of the highest probability.
+    """
+
+    probabilities: np.ndarray
+    attentions: np.ndarray
+    label: str
+
+
+@dataclass(frozen=True, eq=False)
+class SlideAnswer:
+    """A line of the CSV: a prediction, or why there is none."""
+
+    slide_id: str
+    patches: int
+    prediction: SlidePrediction | None
+    reason: str = ""
+
+
+def load_head(where: str | Path) -> Any:
+    """Load a head: attention, mean pool, or encoder and head trained end to end.
+
+    Args:
+        where: A folder, or `hf:ORG/NAME` (or ORG/NAME where no such folder is).
+
+    Returns:
+        The model, in eval mode, on the CPU.
+
+    Raises:
+        MILError: Nothing there that loads, or another kind of model.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    name = str(where).removeprefix(HUB_PREFIX)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type not in HEAD_TYPES:
+            raise MILError(
+                f"--head {where}: is {config.model_type}, which is no head. Give a folder that "
+                "`xmag mil` or `xmag e2e` wrote (its head/, or one of its heads/)."
+            )
+        model = AutoModel.from_pretrained(name, config=config)
+    except MILError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise MILError(
+            f"--head {where}: no head there that loads ({str(error).splitlines()[0]}). Give a "
+            "folder with config.json and model.safetensors, or hf:ORG/NAME."
+        ) from error
+    return model.eval()
+
+
+def check_bag(config: Any, bag: Bag) -> None:
+    """Refuse a bag that a head was not trained for.
+
+    Args:
+        config: Of the head.
+        bag: To be predicted.
+
+    Raises:
+        MILError: Another encoder, revision, pooling, um/px, patch size or width, each named with
+            both values; an empty bag; or features that are not finite.
+    """
+    theirs = bag.identity | {"embed_dim": bag.features.shape[1]}
+    ours = {name: getattr(config, name) for name in (*IDENTITY, "embed_dim")}
+    told = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
+    if told:
+        raise MILError(
+            f"{bag.slide_id}: not a bag for this head: {', '.join(told)}. Embed the slide as the "
+            "head's card says."
+        )
+    if not len(bag.features):
+        raise MILError(f"{bag.slide_id}: an empty bag, without a patch; nothing to predict from.")
+    if not np.isfinite(bag.features).all():
+        raise MILError(f"{bag.slide_id}: NaN or infinite features. Embed the slide again.")
+
+
+def predict_bag(model: Any, bag: Bag) -> SlidePrediction:
+    """Ask a head about one bag.
+
+    Args:
+        model: As `load_head` gives it; of an end-to-end model the head is asked.
+        bag: Of the head's encoder; `check_bag` has looked at it.
+
+    Returns:
+        The prediction.
+    """
+    head = model.head if model.config.model_type == "xmag_slide" else model
+    features = torch.from_numpy(np.ascontiguousarray(bag.features)).to(head.device).float()
+    with torch.inference_mode():
+        output = head(features[None])
+    probabilities = output.logits[0].double().softmax(dim=0).cpu().numpy()
+    label = model.config.id2label[int(probabilities.argmax())]
+    return SlidePrediction(probabilities, output.attentions[0].cpu().numpy(), label)
+
+
+def predict_bags(model: Any, paths: Sequence[Path]) -> Iterator[SlideAnswer]:
+    """Ask a head about stored bags, one at a time; a bag that cannot be used is told, not raised.
+
+    Args:
+        model: As `load_head` gives it.
+        paths: Bags.
+
+    Yields:
+        An answer a bag.
+    """
+    for path in paths:
+        try:
+            bag = read_bag(path)
+            check_bag(model.config, bag)
+        except SLIDE_FAULTS as error:
+            yield SlideAnswer(path.stem, 0, None, reason_of(path.stem, error))
+        else:
+            yield SlideAnswer(bag.slide_id, len(bag.features), predict_bag(model, bag))
+
+
+def predict_slides(
+    model: Any, sources: Sequence[SlideSource], encoder: str | None, options: EmbedOptions
+) -> Iterator[SlideAnswer]:
+    """Embed slides as the head wants it, and ask it; nothing else is kept of them.
+
+    Args:
+        model: As `load_head` gives it.
+        sources: Slides.
+        encoder: What `load_encoder` takes; None for the encoder that a table names, or that is
+            part of an end-to-end model.
+        options: Of reading; scale, patch size and pooling are the head's.
+
+    Yields:
+        An answer a slide.
+
+    Raises:
+        MILError: The encoder is not the head's, or has to be given.
+        EncoderError: The encoder cannot be had.
+    """
+    from xmag_hf.embedding import embed_slide
+
+    loaded = _encoder(model, encoder, options)
+    options = head_geometry(model.config, options)
+    for source in sources:
+        try:
+            bag = embed_slide(
+                source.path, loaded, options, mpp0=source.mpp, slide_id=source.slide_id,
+                tissue_geojson=source.tissue_geojson,
+            )  # fmt: skip
+            check_bag(model.config, bag)
+        except SLIDE_FAULTS as error:
+            yield SlideAnswer(source.slide_id, 0, None, reason_of(source.slide_id, error))
+        else:
+            yield SlideAnswer(source.slide_id, len(bag.features), predict_bag(model, bag))
+
+
+def head_geometry(config: Any, options: EmbedOptions) -> EmbedOptions:
+    """The options with scale, patch size and pooling as a head's bags have them."""
+    pooling = config.pooling if config.pooling in POOLINGS else "auto"
+    return dataclasses.replace(options, mpp=config.mpp, patch_px=config.patch_px, pooling=pooling)
+
+
+def _encoder(model: Any, name: str | None, options: EmbedOptions) -> Encoder:
+    """The encoder of a head's bags, loaded, and checked to be that one."""
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model.config.model_type == "xmag_slide":
+        return own_encoder(model, device=device, precision=options.precision)
+    config = model.config
+    if name is None and config.encoder not in ENCODERS:
+        raise MILError(
+            f"this head takes bags of {config.encoder!r} ({config.encoder_revision}), which no "
+            "table names. Say where that encoder is (--model)."
+        )
+    encoder = load_encoder(name or config.encoder, device=device, precision=options.precision)
+    found, wanted = (
+        {"encoder": encoder.name, "encoder_revision": encoder.revision},
+        {"encoder": config.encoder, "encoder_revision": config.encoder_revision},
+    )
+    if found != wanted:
+        raise MILError(
+            f"--model {name or config.encoder}: is {found['encoder']} {found['encoder_revision']}, "
+            f"and this head takes bags of {wanted['encoder']} {wanted['encoder_revision']}."
+        )
+    return encoder
+
+
+def write_answers(path: Path, classes: Sequence[str], answers: Sequence[SlideAnswer]) -> None:
+    """Write slide_id, predicted, p_CLASS for each class, patches, reason."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["slide_id", "predicted", *(f"p_{c}" for c in classes), "patches", "reason"])
+    for answer in answers:
+        told: list[str] = [""] * (1 + len(classes))
+        if answer.prediction is not None:
+            numbers = [f"{value:.9g}" for value in answer.prediction.probabilities]
+            told = [answer.prediction.label, *numbers]
+        writer.writerow([answer.slide_id, *told, answer.patches, answer.reason])
+    write_atomically(path, text.getvalue().encode())
