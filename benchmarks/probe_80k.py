@@ -27,8 +27,10 @@ from xmag_hf.evaluation import accuracy
 from xmag_hf.probing.images import ImageSplit, LabelledImages
 from xmag_hf.probing.options import ProbeOptions
 from xmag_hf.probing.protocols import Predictions, official_split
-from xmag_hf.probing.report import EXACT_DIGITS, FEW_SHOT_DIGITS, write_class_predictions
+from xmag_hf.probing.report import FEW_SHOT_DIGITS
 from xmag_hf.probing.scoring import FEW_SHOT, class_questions, compare, score
+from xmag_hf.reporting.predictions import write_class_predictions
+from xmag_hf.reporting.records import EXACT_DIGITS
 
 SLIDES = 400
 SEPARATION = 0.35  # of class means, in standard deviations: accuracy ends near that of the paper

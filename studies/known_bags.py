@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.encoders import Encoder, load_encoder
 from xmag_hf.evaluation import (
     accuracy,
@@ -125,9 +126,7 @@ def main() -> None:
             continue
         train, test = draw_bags(args, malignant, patients, draw)
         run_draw(args, encoder, record, features, states, train, test, draw)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record))
-        temporary.replace(path)
+        write_atomically(path, json.dumps(record))
     summarise(args, encoder)
 
 

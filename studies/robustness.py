@@ -32,6 +32,7 @@ from sklearn.model_selection import KFold, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from xmag_hf.atomic_write import atomic_file
 from xmag_hf.data_builders.pairs import reduce_region
 from xmag_hf.data_builders.reading_paths import read_fast, read_scanner
 from xmag_hf.distillation.augmentation import draw_stain, stain_jitter, sub_patches
@@ -161,9 +162,8 @@ def stored(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
         return np.load(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = make()
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, array)
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        np.save(file, array)
     return array
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from xmag_hf.cli.main import main
-from xmag_hf.probing.report import write_class_predictions
+from xmag_hf.reporting.predictions import write_class_predictions
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_the_command(tmp_path: Path, slide: Path, capsys):
     assert 0 < encoder["share"] < 1.5
     assert report["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
     (tmp_path / "bad.tif").write_bytes(b"")
-    assert main([*command, str(tmp_path / "bad.tif")]) == 1
+    assert main([*command[:2], str(tmp_path / "bad.tif"), *command[2:]]) == 1
     assert [patches for _, _, patches, _ in PAPER] == [554, 6260, 6260]
 
 

@@ -126,5 +126,5 @@ def test_memory_that_runs_out_in_other_words(monkeypatch, words):
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
     encoder = mean_colour()
     monkeypatch.setattr(encoder.model, "forward_features", lambda images: images @ images[:, :, :9])
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(RuntimeError, match="Expected size"):
         PatchEncoder(encoder, batch_size=8)(np.zeros((4, 224, 224, 3), np.uint8))

@@ -38,7 +38,7 @@ def write_bases(folder: Path, pixels: np.ndarray) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("mutations", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutations", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_no_mutation_crashes_or_hangs(tmp_path: Path, cmu_pixels: np.ndarray, mutations: int):
     bases = write_bases(tmp_path, cmu_pixels[900:1060, 1000:1160])
     dead, words = survivors(tmp_path, 0, mutations, bases)

@@ -122,6 +122,9 @@ def test_only_the_last_blocks_have_moved(finished, encoder: Path) -> None:
     moved = {n for n, value in before.items() if not torch.equal(after[f"encoder.{n}"], value)}
     assert {n.split(".")[2] for n in moved if n.startswith("encoder.layer")} == {"1", "2"}
     assert not any(n.startswith("embeddings") for n in moved)
+    values = sum(before[n].numel() for n in moved)
+    card = (out / "heads" / "fold-1" / "README.md").read_text()
+    assert f"1 stages frozen, {values:,} of its parameters trained" in card
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -245,25 +248,24 @@ def test_every_view_and_every_slide_comes() -> None:
 
 
 def test_two_processes_equal_one(slides: Path, encoder: Path, tmp_path: Path) -> None:
-    """torchrun and gloo, two slides each a step, against one process with four."""
-    curves, pictures = {}, [str(path) for path in sorted(slides.glob("*.png"))]
-    for world in (1, 2):
-        out = tmp_path / f"world{world}"
-        command = [
-            "--module", "xmag_hf.cli.e2e", *pictures,
-            "--labels", str(slides / "labels.csv"), "--validation-share", "0.25",
-            "--encoder", str(encoder), "--out", str(out), "--folds", "3", "--only", "0",
-            "--epochs", "1", "--dropout", "0", "--accumulation",
-            str(4 // world), "--kept-type", "float32",
-            "--slide-mpp", "2", "--tissue", "0", "--quiet",
-        ]  # fmt: skip
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*launch, f"--nproc_per_node={world}", *command],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = (out / "runs" / "fold-0" / "metrics.jsonl").read_text().splitlines()
-        curves[world] = [json.loads(line)["loss"] for line in lines]
-        assert (out / "heads" / "fold-0" / "model.safetensors").is_file()
-    np.testing.assert_allclose(curves[1], curves[2], rtol=1e-4)
+    """torchrun and gloo, two slides each a step, against this process with four."""
+    same = {"only": (0,), "epochs": 1, "dropout": 0.0}
+    alone = options(slides, encoder, tmp_path / "one", accumulation=4, **same)
+    end_to_end(sources(slides), alone, READING)
+    command = [
+        "--module", "xmag_hf.cli.e2e", *(str(path) for path in sorted(slides.glob("*.png"))),
+        "--labels", str(slides / "labels.csv"), "--validation-share", "0.25",
+        "--encoder", str(encoder), "--out", str(tmp_path / "two"), "--folds", "3", "--only", "0",
+        "--epochs", "1", "--dropout", "0", "--accumulation", "2", "--kept-type", "float32",
+        "--learning-rate", "1e-3", "--encoder-learning-rate", "1e-3",
+        "--slide-mpp", "2", "--tissue", "0", "--quiet",
+    ]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    curves = [
+        [json.loads(line)["loss"] for line in (tmp_path / out / "runs/fold-0/metrics.jsonl").open()]
+        for out in ("one", "two")
+    ]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+    assert curves[0] and (tmp_path / "two" / "heads" / "fold-0" / "model.safetensors").is_file()

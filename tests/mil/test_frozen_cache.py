@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import h5py
@@ -69,6 +70,24 @@ def test_nothing_is_computed_twice_and_another_slide_is(slide: Path, tmp_path: P
     fill_cache(cache, [SlideSource(slide)], counted, batch_size=6)
     assert calls == [6, 6]
     np.testing.assert_allclose(cache.rows("slide"), before.flip(0, 1), rtol=1e-6)
+
+
+def test_another_scale_or_annotation_is_read_anew(slide: Path, tmp_path: Path) -> None:
+    """A wrong um/px that is put right must not leave the wrong patches behind."""
+    cache = cache_in(tmp_path)
+    ring = [[0, 0], [300, 0], [300, 448], [0, 448], [0, 0]]
+    drawn = tmp_path / "slide.geojson"
+    drawn.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    found = []
+    for source in (
+        SlideSource(slide, mpp=1.0),
+        SlideSource(slide),
+        SlideSource(slide, tissue_geojson=drawn),
+    ):
+        assert not fill_cache(cache, [source], means, batch_size=6)
+        found.append((cache.origin("slide"), len(cache.rows("slide"))))
+    assert len({origin for origin, _ in found}) == 3
+    assert [rows for _, rows in found][1:] == [6, 4] and found[0][1] != 6
 
 
 def test_an_interrupted_slide_leaves_nothing(slide: Path, tmp_path: Path) -> None:

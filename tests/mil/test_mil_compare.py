@@ -19,7 +19,7 @@ from xmag_hf.mil.compare import CompareOptions, compare_studies
 from xmag_hf.mil.compare_report import RESULTS, TABLE, comparison_markdown, write_comparison
 from xmag_hf.mil.errors import MILError
 from xmag_hf.mil.predictions import read_predictions
-from xmag_hf.probing.report import write_class_predictions
+from xmag_hf.reporting.predictions import write_class_predictions
 
 CLASSES = ("benign", "malignant", "other")
 

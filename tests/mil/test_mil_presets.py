@@ -86,12 +86,16 @@ def test_cptac_tables(tmp_path: Path) -> None:
         ("C3N-00211-21", "C3N-00211", "LUSC", "cptac"),
     ]
     named = tmp_path / "TCIA_CPTAC_LSCC_Pathology_Data_Table.csv"
-    named.write_text("Case_ID,Slide_ID\nC3N-00211,C3N-00211-22\n")
+    named.write_text("Case_ID,Slide_ID,Specimen_Type\nC3N-00211,C3N-00211-22,tumor_tissue\n")
     assert preset_labels("nsclc", [named])[0].label == "LUSC"
     unnamed = tmp_path / "table.csv"
     unnamed.write_text(named.read_text())
     with pytest.raises(MILError, match="whose slides are these"):
         preset_labels("nsclc", [unnamed])
+    silent = tmp_path / "TCIA_CPTAC_LUAD.csv"
+    silent.write_text("Case_ID,Slide_ID\nC3L-00001,C3L-00001-26\n")
+    with pytest.raises(MILError, match="normal tissue would pass for tumour"):
+        preset_labels("nsclc", [silent])
     named.write_text("Case_ID,Slide_ID\nC3N-00999,C3N-00211-22\n")
     with pytest.raises(MILError, match="line 2: slide C3N-00211-22 has case 'C3N-00999'"):
         preset_labels("nsclc", [named])
@@ -157,7 +161,7 @@ def test_scores_of_patients_become_labels_of_slides(tmp_path: Path) -> None:
 def test_label_csvs_are_written_by_cohort(tmp_path: Path) -> None:
     gdc = sheet(tmp_path / "sheet.tsv", (LUAD, "TCGA-LUAD"))
     cptac = tmp_path / "luad.csv"
-    cptac.write_text("Case_ID,Slide_ID\nC3L-00001,C3L-00001-21.svs\n")
+    cptac.write_text("Case_ID,Slide_ID,Specimen_Type\nC3L-00001,C3L-00001-21.svs,tumor_tissue\n")
     written = write_preset_labels("nsclc", [cptac, gdc], tmp_path / "labels")
     assert {cohort: path.name for cohort, path in written.items()} == {
         "tcga": "nsclc-tcga.csv",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -298,6 +299,12 @@ def test_too_few_patients(made, tmp_path):
         validation_rows(two, np.isin(two.patient_ids, ["s-p1", "s-p2"]), 0.5, seed=0)
     with pytest.raises(MILError, match="2 training patients, of which 0.2"):
         validation_rows(two, np.isin(two.patient_ids, ["s-p1", "s-p2"]), 0.2, seed=0)
+    lines = [(f"s{k:02d}", f"p{k}", f"class {k % 2}") for k in range(0, 6)]
+    even = joined((made[0], write_labels(tmp_path / "even.csv", lines)))
+    with pytest.raises(MILError, match="6 slides, .* more than 3, .* 5 parts. Lower --folds"):
+        make_folds(even, 5, seed=0)
+    with pytest.raises(MILError, match="5 parts. Raise --validation-share"):
+        validation_rows(even, np.full(6, True), 0.2, seed=0)
 
 
 # --- training --------------------------------------------------------------------------------
@@ -573,3 +580,76 @@ def test_labelled_rows():
     bags = LabelledBags(["a", "b", "c"], np.array([0, 1, 2]))  # type: ignore[list-item]
     assert bags.rows(np.array([True, False, True])).files == ["a", "c"]
     assert bags.rows(np.array([2, 0])).labels.tolist() == [2, 0]
+
+
+def test_killed_after_its_last_result_a_study_is_not_lost(made, tmp_path, monkeypatch):
+    out = tmp_path / "o"
+
+    real = os.replace
+
+    def killed(source, target):
+        if Path(target) == out:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr("xmag_hf.mil.study.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_study([made[0]], options(made, out), FAST)
+    assert (tmp_path / "o.partial" / "results.json").is_file()
+    done = run_study([made[0]], options(made, out), FAST)
+    assert done.scores and (out / "results.json").is_file()
+    assert not (tmp_path / "o.partial").exists()
+    left = {path.name for path in out.iterdir()}
+    again = run_study([made[0]], options(made, out), FAST)
+    assert again.scores == done.scores and {path.name for path in out.iterdir()} == left
+
+
+def test_a_loss_that_is_not_finite_is_named(made, tmp_path):
+    wild = HeadOptions(hidden_dim=8, attention_dim=4, epochs=2, batch_size=2, learning_rate=1e30)
+    with pytest.raises(MILError, match="lower --learning-rate"):
+        run_study([made[0]], options(made, tmp_path / "o"), wild)
+
+
+# --- presets ---------------------------------------------------------------------------------
+
+
+def test_a_preset_makes_its_labels_and_shows_the_paper_beside_ours(tmp_path):
+    """PANDA's own table instead of a label CSV; the same study as with the CSV made by hand."""
+    grades = {f"{k:032x}": k % 6 for k in range(1, 73)}
+    table = tmp_path / "train.csv"
+    lines = [f"{name},karolinska,{grade},0+0" for name, grade in grades.items()]
+    table.write_text("\n".join(["image_id,data_provider,isup_grade,gleason_score", *lines]))
+    bags = make_bags(tmp_path / "bags", grades)
+    out = tmp_path / "study"
+    more = {"folds": 2, "samples": 20, "jobs": 1}
+    preset = StudyOptions(out=str(out), preset="panda-isup", preset_files=(str(table),), **more)
+    run_study([bags], preset, FAST)
+    text = (out / "table.md").read_text()
+    assert "0.910" in text and "0.923" in text  # XMAG's and Phikon's AUC, table S3
+    by_hand = write_labels(
+        tmp_path / "labels.csv", [(name, name, f"ISUP-{grade}") for name, grade in grades.items()]
+    )
+    plain = StudyOptions(out=str(tmp_path / "plain"), labels=str(by_hand), **more)
+    run_study([bags], plain, FAST)
+    assert (out / "predictions.csv").read_text() == (
+        tmp_path / "plain" / "predictions.csv"
+    ).read_text()
+
+
+def test_preset_options_that_contradict(tmp_path):
+    with pytest.raises(MILError, match="--labels, or --preset with --preset-files"):
+        StudyOptions(out="o")
+    with pytest.raises(MILError, match="--labels, or --preset with --preset-files"):
+        StudyOptions(out="o", preset="nsclc")
+    both = StudyOptions(out=str(tmp_path / "o"), labels="l", preset="nsclc", preset_files=("f",))
+    with pytest.raises(MILError, match="--preset makes them"):
+        run_study([tmp_path], both, FAST)
+    table = tmp_path / "train.csv"
+    table.write_text("image_id,data_provider,isup_grade,gleason_score\nab,karolinska,1,3+3\n")
+    asked = StudyOptions(
+        out=str(tmp_path / "o"), preset="panda-isup", preset_files=(str(table),),
+        external_bags=("b",),
+    )  # fmt: skip
+    with pytest.raises(MILError, match="no cohort to test on"):
+        run_study([tmp_path], asked, FAST)

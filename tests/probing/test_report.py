@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 
@@ -13,6 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, roc_a
 
 from xmag_hf.probing import report, scoring
 from xmag_hf.probing.errors import ProbeError
+from xmag_hf.reporting.records import plain
 
 
 def _answers(seed: int, repeats: int, n: int = 60, classes: int = 3, skill: float = 1.0):
@@ -134,7 +134,7 @@ def test_one_group_only_costs_tests_and_not_the_report():
             comparison.test.estimate_a - comparison.test.estimate_b
         )
         assert not comparison.family and np.isnan(comparison.p_holm)
-    assert report.plain(found[0])["test"]["p_value"] is None
+    assert plain(found[0])["test"]["p_value"] is None
     by_image, by_group = scoring.score(rows[0][0], samples=20, level=0.95, seed=0)
     assert by_image.reason == "" and "one cluster only" in by_group.reason
     assert by_group.estimate == by_image.estimate and np.isnan(by_group.low)
@@ -166,22 +166,6 @@ def test_rows_over_other_images_are_not_compared():
     other = scoring.class_questions("other", "linear", 2 - labels, p[0], None)
     with pytest.raises(ProbeError, match="other and first: linear was done on different images"):
         scoring.compare([first, second, other], samples=10, level=0.95, seed=0)
-
-
-def test_predictions_come_back_exactly(tmp_path):
-    labels, probabilities, groups = _answers(1, 2)
-    probabilities = probabilities.astype(np.float32)
-    ids = np.array([f"im,{i}" for i in range(len(labels))])
-    path = tmp_path / "p.csv"
-    names = ["fat", 'a "b"', "c, d"]
-    report.write_class_predictions(path, ids, groups, labels, probabilities, names)
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [row["id"] for row in rows] == ids.tolist()
-    assert [row["group"] for row in rows] == groups.tolist()
-    assert [row["label"] for row in rows] == [names[label] for label in labels]
-    back = [[[float(row[f"r{r}:p:{name}"]) for name in names] for row in rows] for r in range(2)]
-    np.testing.assert_array_equal(np.array(back, dtype=np.float32), probabilities)
 
 
 def test_report_replaces_a_report_and_nothing_else(tmp_path):

@@ -14,6 +14,7 @@ from xmag_hf.probing import scoring, tables
 from xmag_hf.probing.options import ProbeOptions
 from xmag_hf.probing.record import ProbeResult, RowResult
 from xmag_hf.probing.rows import Row
+from xmag_hf.reporting.tables import LEAST_WIDTH, as_markdown, drawn
 
 TEACHER = "efficientnet-lite0"
 ROWS = [
@@ -46,11 +47,11 @@ def _printed(result: ProbeResult, width: int) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=width)
     for sheet in tables.sheets(result):
-        console.print(tables.drawn(sheet))
+        console.print(drawn(sheet))
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("width", [tables.LEAST_WIDTH, 160])
+@pytest.mark.parametrize("width", [LEAST_WIDTH, 160])
 def test_every_number_is_printed_whole(width):
     result = _result()
     printed = _printed(result, width)
@@ -69,7 +70,7 @@ def test_every_number_is_printed_whole(width):
 
 
 def test_markdown_tells_the_teachers_two_scales_apart():
-    text = tables.markdown(_result())
+    text = as_markdown(tables.sheets(_result()), [])
     assert f"| {TEACHER}@0.5 (teacher, 0.5 um/px) |" in text
     assert f"| {TEACHER}@2 (teacher at 5x, 2 um/px) |" in text
     assert f"## {TEACHER}@2 (teacher at 5x, 2 um/px) minus xmag-student-base-v2@2 (model" in text
@@ -93,7 +94,8 @@ def test_reasons_of_missing_answers_are_said_once():
     assert "one cluster only" in untested and untested.count("linear AUC") == 1
     (unknown,) = [line for line in result.remarks if line.startswith("no interval: ")]
     assert "linear AUC by group" in unknown
-    assert "nan" not in _printed(result, 160) and "nan" not in tables.markdown(result)
+    text = as_markdown(tables.sheets(result), tables.all_remarks(result))
+    assert "nan" not in _printed(result, 160) + text
 
 
 @pytest.mark.parametrize(

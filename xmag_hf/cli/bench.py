@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.cli.options import add_options, read_options
 from xmag_hf.cli.progress import slides_bar
 from xmag_hf.cli.slides import add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
-from xmag_hf.embedding.bag import write_atomically
 from xmag_hf.embedding.bench import (
     BenchOptions,
     EncoderTiming,
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     console.print(_encoders(report.encoders, report.matrix_product_rate))
     if args.json is not None:
         content = json.dumps(dataclasses.asdict(report), indent=1)
-        write_atomically(args.json, f"{content}\n".encode())
+        write_atomically(args.json, f"{content}\n")
     return 0 if all(timing.slides == len(sources) for timing in report.passes) else 1
 
 

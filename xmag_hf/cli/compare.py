@@ -32,11 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Compare, write the report, print it."""
-    from rich.console import Console
-
     from xmag_hf.mil.compare import compare_studies
     from xmag_hf.mil.compare_report import comparison_sheets, write_comparison
-    from xmag_hf.probing.tables import LEAST_WIDTH, drawn
+    from xmag_hf.reporting.tables import print_sheets
 
     try:
         options = read_options(CompareOptions, args)
@@ -44,10 +42,6 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     result = compare_studies(args.studies, options)
     files = write_comparison(result, args.studies, args.out)
-    console = Console()
-    console = Console(width=max(console.width, LEAST_WIDTH))
-    for sheet in comparison_sheets(result):
-        console.print(drawn(sheet))
-    for line in (*result.remarks, *(f"-> {path}" for path in files)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    lines = (*result.remarks, *(f"-> {path}" for path in files))
+    print_sheets(comparison_sheets(result), lines)
     return 0

@@ -11,13 +11,12 @@ import argparse
 import datetime
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xmag_hf._version import __version__
 from xmag_hf.cli.options import add_options, read_options
 from xmag_hf.distillation.options import DistillOptions, recorded_options
+from xmag_hf.reporting.records import versions
 
 if TYPE_CHECKING:
     from xmag_hf.distillation.trainer import DistillResult
@@ -85,8 +84,8 @@ def _start_licence(options: DistillOptions) -> str | None:
 
 def _save_and_score(result: DistillResult) -> bool:
     """Save the model, then score it and save again with the scores; whether scoring failed."""
-    from xmag_hf.distillation.checkpoints import remove_checkpoints
     from xmag_hf.distillation.trainer import score_result
+    from xmag_hf.training.checkpoints import remove_checkpoints
 
     _save(result, [], scored=False)  # first of all: nothing that happens now may lose the model
     try:
@@ -157,7 +156,7 @@ def _card_facts(result: DistillResult, alignment: list[dict[str, Any]]) -> CardF
         n_pairs=len(result.split.train),
         n_slides=len(set(index.slide[result.split.train].tolist())),
         options=recorded,
-        versions={"xmag_hf": __version__} | {name: version(name) for name in PACKAGES},
+        versions=versions(PACKAGES),
         alignment=alignment or None,  # type: ignore[arg-type]
         downstream=None,
         seeds=[options.seed],

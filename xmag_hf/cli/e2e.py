@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Train; 0 once every fold asked for is there."""
     from accelerate import PartialState
-    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from xmag_hf.mil.compare_report import comparison_sheets
     from xmag_hf.mil.end_to_end import end_to_end
-    from xmag_hf.probing.tables import LEAST_WIDTH, drawn
+    from xmag_hf.reporting.tables import print_sheets
 
     try:
         options, reading = read_options(E2EOptions, args), read_options(EmbedOptions, args)
@@ -46,17 +46,13 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (CorpusError, EmbedError, MILError) as error:
         parser.error(str(error))
     first = os.environ.get("RANK", "0") == "0"  # before accelerate has said so
+    disable_progress_bar()  # transformers' own, one for each fold that is saved
     with counting_bars(args.quiet or not first) as advance:
         result = end_to_end(sources, options, reading, advance=advance)
     if first:
-        console = Console()
-        console = Console(width=max(console.width, LEAST_WIDTH))
-        for sheet in comparison_sheets(result.scores) if result.scores else ():
-            console.print(drawn(sheet))
+        sheets = comparison_sheets(result.scores) if result.scores else []
         remarks = result.scores.remarks if result.scores else ()
-        folders = [str(fold.folder) for fold in result.trained]
-        for line in (*remarks, *(f"-> {folder}" for folder in folders)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_sheets(sheets, [*remarks, *(f"-> {fold.folder}" for fold in result.trained)])
     PartialState().destroy_process_group()
     return 0
 

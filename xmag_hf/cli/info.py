@@ -8,9 +8,9 @@ import dataclasses
 import io
 from pathlib import Path
 
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.cli.slides import add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
-from xmag_hf.embedding.bag import write_atomically
 from xmag_hf.embedding.describe import SlideDescription, describe_slide
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         _print(description)
     _print_totals(found)
     if args.csv is not None and found:
-        write_atomically(args.csv, _csv(found).encode())
+        write_atomically(args.csv, _csv(found))
     return 1 if failed else 0
 
 

@@ -29,12 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the study, print its tables."""
-    from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
     from xmag_hf.mil.compare_report import comparison_sheets
     from xmag_hf.mil.study import run_study
-    from xmag_hf.probing.tables import LEAST_WIDTH, drawn
+    from xmag_hf.reporting.tables import print_sheets
 
     try:
         options, head = read_options(StudyOptions, args), read_options(HeadOptions, args)
@@ -43,10 +42,6 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     disable_progress_bar()  # transformers' own, one for each head that is saved
     with counting_bars(args.quiet) as advance:
         result = run_study(args.bags, options, head, advance)
-    console = Console()
-    console = Console(width=max(console.width, LEAST_WIDTH))
-    for sheet in comparison_sheets(result):
-        console.print(drawn(sheet))
-    for line in (*result.remarks, f"-> {options.out}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    lines = (*result.remarks, f"-> {options.out}")
+    print_sheets(comparison_sheets(result), lines)
     return 0

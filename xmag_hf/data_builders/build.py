@@ -6,11 +6,9 @@ Work lies in `DIR.partial/` until everything is there; a killed run goes on wher
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import logging
 import multiprocessing
-import platform
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,7 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from xmag_hf._version import __version__
+from xmag_hf.atomic_write import remove_drafts, write_atomically
+from xmag_hf.reporting.records import versions
 from xmag_hf.slides import sha256_head
 
 from .card import write_card
@@ -33,11 +32,12 @@ from .corpus_options import (
     CorpusOptions,
     corpus_fingerprint,
 )
-from .pairs import SlideRecord, write_atomically, write_slide
+from .pairs import SlideRecord, write_slide
 from .slide_list import SlideRow, absolute, check_unique
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = ("numpy", "pillow", "openslide-python", "openslide-bin", "pyarrow", "datasets", "scipy")
 DONE_STATUSES = ("ok", "no_tissue")  # not tried again when a run goes on
 POLL_SECONDS = 0.2
 
@@ -142,6 +142,8 @@ def build_corpus(
     ]
     records = _run(tasks, workers, progress)
     _finish(partial, options, fingerprint, records)
+    for name in ("options.json", "shards.json", "manifest.jsonl", "corpus.json", "README.md"):
+        remove_drafts(partial / name)  # what killed runs left
     partial.replace(out_dir)
     for name in ("options.json", "shards.json"):  # after the rename: a kill here loses nothing
         (out_dir / name).unlink()
@@ -474,16 +476,5 @@ def _corpus_json(
             {"file": shard, "rows": rows} for shard, (_, _, rows) in zip(plan, parts, strict=True)
         ],
         "slides": grids,
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("numpy", "pillow", "openslide-python", "openslide-bin", "pyarrow", "datasets", "scipy")
-    versions = {"xmag_hf": __version__, "python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not a package"  # openslide from the system's own library
-    return versions

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .pairs import SlideRecord, write_atomically
+from xmag_hf.atomic_write import write_atomically
+
+from .pairs import SlideRecord
 from .reading_paths import wide_mpp, wide_px
 
 FIGURE = "cancer_types.png"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.slides import (
     Slide,
     SlideError,
@@ -260,16 +261,6 @@ def write_slide(
         record.pairs = 0
     write_atomically(folder / f"{key}.json", json.dumps(asdict(record), indent=1))
     return record
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 class _PartWriter:

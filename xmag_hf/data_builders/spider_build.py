@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -24,9 +23,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xmag_hf._version import __version__
+from xmag_hf.atomic_write import remove_drafts, write_atomically
+from xmag_hf.reporting.records import versions
 
-from .pairs import ROWS_PER_GROUP, write_atomically
+from .pairs import ROWS_PER_GROUP
 from .spider_card import card_text
 from .spider_records import (
     CHUNK,
@@ -172,6 +172,8 @@ def build_spider(
         "validation_slides": sorted({record.slide_id for record in data.of("validation")}),
     }
     _finish(partial, described, data.classes, shards)
+    for name in (STATE, DESCRIBED, "README.md"):
+        remove_drafts(partial / name)  # what killed runs left
     partial.replace(out_dir)
     (out_dir / STATE).unlink()  # after the rename: a kill here loses nothing
     shutil.rmtree(out_dir / "parts")
@@ -401,11 +403,7 @@ def _finish(
         "missing": {number: missing[number] for number in sorted(missing, key=int)},
         "dropped": sum(shard.dropped for shard in shards),
         "problems": [problem for shard in shards for problem in shard.problems],
-        "versions": {"xmag_hf": __version__}
-        | {
-            name: importlib.metadata.version(name)
-            for name in ("datasets", "huggingface_hub", "pillow", "pyarrow")
-        },
+        "versions": versions(("datasets", "huggingface_hub", "pillow", "pyarrow")),
     }
     content = json.dumps({k: v for k, v in described.items() if k != "versions"}, sort_keys=True)
     described["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:16]

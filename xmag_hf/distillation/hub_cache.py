@@ -7,10 +7,11 @@ a corpus pins its shards, so `load_dataset` does not see them.
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xmag_hf.distillation.corpus import Corpus
 from xmag_hf.distillation.options import DistillationError
@@ -24,6 +25,9 @@ from xmag_hf.distillation.teacher_cache import (
 FOLDER = "teacher"
 FILES_PER_COMMIT = 20  # a push that is cut short loses no more than this
 Fetch = Callable[[str], Path]
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
 logger = logging.getLogger(__name__)
 
 
@@ -123,7 +127,7 @@ def push_cache(
             )
         there = _listed(repository, None)
         target = f"{FOLDER}/{folder.name}"
-        todo = [path for path in files if there.get(f"{target}/{path.name}") != path.stat().st_size]
+        todo = [path for path in files if not _same(there.get(f"{target}/{path.name}"), path)]
         for first in range(0, len(todo), FILES_PER_COMMIT):
             part = todo[first : first + FILES_PER_COMMIT]
             api.create_commit(
@@ -141,8 +145,18 @@ def push_cache(
     return len(todo)
 
 
-def _listed(repository: str, commit: str | None) -> dict[str, int]:
-    """Path and size of every file of a repository's caches; {} where it has none."""
+def _same(there: RepoFile | None, path: Path) -> bool:
+    """Whether the Hub has a file's content; features made anew have the size of the old ones."""
+    if there is None or there.size != path.stat().st_size:
+        return False
+    if there.lfs is None:
+        return True
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+
+
+def _listed(repository: str, commit: str | None) -> dict[str, RepoFile]:
+    """Every file of a repository's caches by path; {} where it has none."""
     from huggingface_hub import HfApi, errors
     from huggingface_hub.hf_api import RepoFile
 
@@ -150,7 +164,7 @@ def _listed(repository: str, commit: str | None) -> dict[str, int]:
         repository, FOLDER, recursive=True, revision=commit, repo_type="dataset"
     )
     try:
-        return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     except errors.EntryNotFoundError:
         return {}
 

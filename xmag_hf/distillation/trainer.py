@@ -10,23 +10,26 @@ import copy
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from xmag_hf.distillation import checkpoints
+from xmag_hf.distillation.checkpoints import (
+    find_checkpoint,
+    finished_with,
+    refuse_foreign,
+    run_record,
+)
 from xmag_hf.distillation.corpus import Corpus, Split, open_corpus, split_pairs
 from xmag_hf.distillation.distiller import Distiller, prepare_batch
 from xmag_hf.distillation.ema import ExponentialMovingAverage
@@ -54,6 +57,13 @@ from xmag_hf.distillation.teacher import (
 )
 from xmag_hf.modeling import XMAGImageProcessor
 from xmag_hf.modeling.convert import build_student, image_processor_for
+from xmag_hf.training.checkpoints import (
+    Metrics,
+    remove_checkpoints,
+    save_checkpoint,
+    stop_on_sigterm,
+)
+from xmag_hf.training.processes import any_rank, open_accelerator
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -126,9 +136,16 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     Raises:
         DistillationError: Data, teacher, options or loss that cannot go on; also after SIGTERM,
             once a checkpoint is written.
+        TrainingError: accelerate's own settings say another gradient accumulation.
     """
-    accelerator = _accelerator(options)
-    checkpoints.refuse_foreign(options.output_dir)
+    accelerator = open_accelerator(
+        options.mixed_precision,
+        options.gradient_accumulation_steps,
+        cpu=best_device().type == "cpu",
+        trackers=options.report_to,
+        project_dir=options.output_dir,
+    )
+    refuse_foreign(options.output_dir)
     # A student or a gated teacher that cannot be had must fail before hours of data work.
     checked = check_teacher(options)
     set_seed(options.seed)
@@ -142,10 +159,8 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     )
     warmup_steps = _warmup_steps(options, total_steps)
     plan = plan_teacher(options, checked, corpus, accelerator)
-    record = checkpoints.run_record(
-        options, corpus.fingerprint, plan.revision, accelerator.num_processes
-    )
-    finished = not options.overwrite and checkpoints.finished_with(options.output_dir, record)
+    record = run_record(options, corpus.fingerprint, plan.revision, accelerator.num_processes)
+    finished = not options.overwrite and finished_with(options.output_dir, record)
     agree(accelerator, finished, "finished models", "--output-dir")
     if finished:
         return None
@@ -212,33 +227,6 @@ def score_result(result: DistillResult) -> list[dict[str, Any]]:
     )
     result.student.cpu()
     return rows
-
-
-def _accelerator(options: DistillOptions) -> Accelerator:
-    precision: str | None = options.mixed_precision
-    if precision == "auto":
-        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if on_gpu else "no"
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            precision = None  # `accelerate launch --mixed_precision ...` or its config has said
-    accelerator = Accelerator(
-        # Said outright, because torchrun without a GPU otherwise makes N strangers, not a group.
-        cpu=best_device().type == "cpu",
-        mixed_precision=precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=list(options.report_to) or None,
-        project_dir=options.output_dir,
-        # Processes wait for each other after the teacher cache and while one scores: with the
-        # default of ten minutes a large corpus would end the run there.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-    )
-    if accelerator.gradient_accumulation_steps != options.gradient_accumulation_steps:
-        raise DistillationError(
-            f"accelerate's own settings say {accelerator.gradient_accumulation_steps} gradient "
-            f"accumulation steps, the options {options.gradient_accumulation_steps}. Say it once, "
-            "with --gradient-accumulation-steps."
-        )
-    return accelerator
 
 
 def _warmup_steps(options: DistillOptions, total_steps: int) -> int:
@@ -338,7 +326,7 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
         accelerator.init_trackers("xmag_distill", config=_flat(run.record["options"]))
     metrics = None
     if accelerator.is_main_process:
-        metrics = checkpoints.Metrics(Path(options.output_dir) / "metrics.jsonl", done)
+        metrics = Metrics(Path(options.output_dir) / "metrics.jsonl", done)
     reader = PairReader.of(options, run.teacher.features, run.corpus)
     loader = batches(
         run.corpus,
@@ -353,7 +341,7 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
     run.distiller.train()
     window, last = _Window(), _last_line(options, done)
     began = time.perf_counter() - earlier_seconds
-    with checkpoints.stop_on_sigterm() as stop, progress_bar(accelerator, run.quiet) as bar:
+    with stop_on_sigterm() as stop, progress_bar(accelerator, run.quiet) as bar:
         task = bar.add_task("distillation", total=run.total_steps, completed=done, note="")
         for step in range(done + 1, run.total_steps + 1):
             window.add(*_step(run, loader, window))
@@ -361,11 +349,11 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
                 last = _log(run, metrics, step, window)
                 window = _Window()
             bar.update(task, completed=step, note=f"loss {last.get('loss', float('nan')):.4f}")
-            stopping = _any_rank(accelerator, stop.asked)
+            stopping = any_rank(accelerator, stop.asked)
             if stopping or step % options.checkpoint_steps == 0 or step == run.total_steps:
                 state = run.record | {"seconds": time.perf_counter() - began}
                 pause = time.perf_counter()
-                checkpoints.save_checkpoint(accelerator, options.output_dir, step, state)
+                save_checkpoint(accelerator, options.output_dir, step, state)
                 window.began += time.perf_counter() - pause  # no part of the rate
             if stopping and step < run.total_steps:
                 raise DistillationError(
@@ -454,7 +442,7 @@ def _refuse_non_finite(run: _Run, loss: Tensor, rows: Tensor) -> None:
 
 def _log(
     run: _Run,
-    metrics: checkpoints.Metrics | None,
+    metrics: Metrics | None,
     step: int,
     window: _Window,
 ) -> dict[str, Any]:
@@ -488,10 +476,10 @@ def _resume(run: _Run) -> tuple[int, float]:
     options, accelerator = run.options, run.accelerator
     if not options.resume:
         if accelerator.is_main_process:
-            checkpoints.remove_checkpoints(options.output_dir)
+            remove_checkpoints(options.output_dir)
         accelerator.wait_for_everyone()
         return 0, 0.0
-    found = checkpoints.find_checkpoint(options.output_dir, run.record)
+    found = find_checkpoint(options.output_dir, run.record)
     agree(accelerator, found and found[0], "checkpoints", "--output-dir")
     if found is None:
         return 0, 0.0
@@ -514,14 +502,6 @@ def _unwrapped_student(run: _Run) -> nn.Module:
 
 def _finished_student(run: _Run) -> PreTrainedModel:
     return run.ema.model.cpu().eval()  # type: ignore[return-value]
-
-
-def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process was asked to stop; all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    asked = torch.tensor(float(flag), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum") > 0)  # type: ignore[operator]
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:

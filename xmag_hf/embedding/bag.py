@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import h5py
 import numpy as np
 
 from xmag_hf._version import __version__
+from xmag_hf.atomic_write import write_atomically
 
 FORMAT = "xmag-bag"
 FORMAT_VERSION = 1
@@ -172,32 +172,6 @@ def write_bag(path: str | os.PathLike[str], bag: Bag) -> Path:
         image = file.id.get_file_image()
     write_atomically(path, image)
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name beside `path`, fsync, rename, fsync the folder.
-
-    Raises:
-        OSError: As the file system says; the temporary file is removed.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say what did not fit
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_bag(path: str | os.PathLike[str]) -> Bag:

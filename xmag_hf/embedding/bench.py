@@ -20,11 +20,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from xmag_hf.encoders import ENCODERS, PRECISIONS, Encoder, build_architecture, load_encoder
+from xmag_hf.reporting.records import versions
 
 from .embed import Progress, embed_slides, loaded_encoder
 from .encode import PatchEncoder
 from .options import EmbedError, EmbedOptions
-from .records import STAGES, RunSummary, versions
+from .records import PACKAGES, STAGES, RunSummary
 from .sources import SlideSource
 
 SAMPLE = {"cuda": 1024, "cpu": 8}
@@ -333,7 +334,7 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
 
 

@@ -7,7 +7,6 @@ while the last one is encoded.
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import time
@@ -19,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from xmag_hf.atomic_write import remove_drafts, write_atomically
 from xmag_hf.encoders import Encoder, load_encoder
 from xmag_hf.slides import SlideError, SlideReadError, SlideScaleError, sha256_head
 from xmag_hf.slides.tissue import METHOD as TISSUE_METHOD
 
 from .ahead import ahead
 from .annotation import annotation_method
-from .bag import Bag, BagError, BagInfo, read_info, write_atomically, write_bag
+from .bag import Bag, BagError, BagInfo, read_info, write_bag
 from .encode import PatchEncoder
 from .lock import SlideLock, acquire, describe_holder
 from .options import EmbedError, EmbedOptions
@@ -474,10 +474,8 @@ class _Run:
 
     def _sweep(self, source: SlideSource) -> None:
         """Remove what a killed run left of this slide; its lock is ours."""
-        for folder, name in ((self.out_dir, ".h5"), (self.out_dir / "previews", ".png")):
-            pattern = glob.escape(f".{source.slide_id}{name}.") + "*.tmp"
-            for path in folder.glob(pattern):
-                path.unlink(missing_ok=True)
+        remove_drafts(self.out_dir / f"{source.slide_id}.h5")
+        remove_drafts(self.out_dir / "previews" / f"{source.slide_id}.png")
 
     def _encode(self, filling: _Filling | None, batch: PatchBatch) -> _Filling | None:
         """Add a batch; a slide that fails here is dropped, and its later batches with it."""

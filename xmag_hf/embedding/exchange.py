@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from xmag_hf._version import __version__
+from xmag_hf.atomic_write import write_atomically
 
 from .bag import (
     Bag,
@@ -22,7 +23,6 @@ from .bag import (
     own_dataset,
     read_bag,
     trident_attributes,
-    write_atomically,
 )
 
 FORMATS = ("trident", "clam", "stamp")

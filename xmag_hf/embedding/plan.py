@@ -225,7 +225,8 @@ def plan_slide(source: SlideSource, geometry: PatchGeometry, options: EmbedOptio
             source=source,
             geometry=geometry,
             coords=origins[kept],
-            uncertain=possible[kept] > sure[kept],
+            # Not those whose decoded part is enough: their patches are as good as any.
+            uncertain=(possible[kept] > sure[kept]) & (sure[kept] < max(options.tissue, 1e-9)),
             padded=past[kept],
             grid_patches=len(origins),
             least_tissue=options.tissue,

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import json
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xmag_hf._version import __version__
+from xmag_hf.atomic_write import write_atomically
+from xmag_hf.reporting.records import versions
 
-from .bag import write_atomically
 from .plan import SlidePlan
 from .sources import SlideSource
 
+# What results depend on.
+PACKAGES = ("torch", "numpy", "pillow", "h5py", "openslide-python", "openslide-bin")
 STAGES = ("open", "tissue", "read", "resample", "encode", "write")
 STATUSES = ("ok", "present", "no_tissue", "refused", "failed")
 
@@ -136,12 +136,12 @@ def write_summary(summary: RunSummary) -> None:
         "slides": summary.counts,
         "patches": sum(record.patches for record in summary.records),
         "unreadable": sum(record.unreadable for record in summary.records),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "records": [asdict(record) for record in summary.records],
     }
     text = json.dumps(content, indent=1, allow_nan=False)
-    write_atomically(summary.out_dir / "summary.json", f"{text}\n".encode())
-    write_atomically(summary.out_dir / "summary.csv", _table(summary.records).encode())
+    write_atomically(summary.out_dir / "summary.json", f"{text}\n")
+    write_atomically(summary.out_dir / "summary.csv", _table(summary.records))
 
 
 def _table(records: Sequence[SlideRecord]) -> str:
@@ -155,14 +155,3 @@ def _table(records: Sequence[SlideRecord]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's results depend on."""
-    found = {"xmag_hf": __version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "pillow", "h5py", "openslide-python", "openslide-bin"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not a package"  # openslide from the system's own library
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,6 +143,7 @@ class CohortFacts:
         classes: Class -> slides.
         pooling: How folds became one prediction per slide.
         majority: Scores of always answering with the commonest class: metric -> value.
+        short_folds: Folds in which a class has no slide.
     """
 
     name: str
@@ -150,6 +152,7 @@ class CohortFacts:
     classes: dict[str, int]
     pooling: str
     majority: dict[str, float]
+    short_folds: int
 
 
 @dataclass(frozen=True)
@@ -217,9 +220,9 @@ def score_studies(
         The result with these tests.
     """
     cohorts = studies[0].cohorts
-    facts = [_facts(name, cohort, studies[0].classes) for name, cohort in cohorts.items()]
+    facts = [cohort_facts(name, cohort, studies[0].classes) for name, cohort in cohorts.items()]
     scores = [
-        _score(name, study.name, study.cohorts[name], metric, options)
+        study_score(name, study.name, study.cohorts[name], metric, options)
         for name in cohorts
         for study in studies
         for metric in METRICS
@@ -230,7 +233,7 @@ def score_studies(
         tuple(facts),
         tuple(scores),
         tuple(tests),
-        tuple(_remarks(facts, scores, tests, options)),
+        tuple(remarks_of(facts, scores, tests, options)),
     )
 
 
@@ -258,9 +261,10 @@ def _draws(cohort: CohortPredictions, options: CompareOptions) -> dict[str, Any]
     }
 
 
-def _score(
+def study_score(
     name: str, study: str, cohort: CohortPredictions, metric: str, options: CompareOptions
 ) -> StudyScore:
+    """A study's score in a cohort, with its interval; a metric of `METRICS`."""
     function = METRICS[metric][0]
     answers = _answers(cohort.probabilities, metric)
     reason = ""
@@ -336,11 +340,18 @@ def _answer(
 
 
 def _adjusted(tests: list[StudyTest]) -> list[StudyTest]:
-    """Holm over the pairs of a cohort, for each metric and test; nothing to adjust with one."""
-    families: dict[tuple[str, str], list[int]] = {}
+    """Holm over the pairs of a cohort, for each metric and test; nothing to adjust with one.
+
+    A pair's tests of a metric come in one order, so a test that another had to replace stays in
+    the family of the one it replaces.
+    """
+    families: dict[tuple[str, int], list[int]] = {}
+    seen: Counter[tuple[str, str, str]] = Counter()
     for place, test in enumerate(tests):
+        pair = (test.first, test.second, test.metric)
         if not math.isnan(test.test.p_value):
-            families.setdefault((test.metric, test.test.test), []).append(place)
+            families.setdefault((test.metric, seen[pair]), []).append(place)
+        seen[pair] += 1
     out = list(tests)
     for places in families.values():
         if len(places) > 1:
@@ -350,7 +361,8 @@ def _adjusted(tests: list[StudyTest]) -> list[StudyTest]:
     return out
 
 
-def _facts(name: str, cohort: CohortPredictions, classes: tuple[str, ...]) -> CohortFacts:
+def cohort_facts(name: str, cohort: CohortPredictions, classes: tuple[str, ...]) -> CohortFacts:
+    """Sizes, pooling, and what always answering with the commonest class would score."""
     counts = np.bincount(cohort.labels, minlength=len(classes))
     always = np.full(len(cohort.labels), counts.argmax())
     majority = {
@@ -366,21 +378,28 @@ def _facts(name: str, cohort: CohortPredictions, classes: tuple[str, ...]) -> Co
         dict(zip(classes, counts.tolist(), strict=True)),
         cohort.pooling,
         majority | {AUC: 0.5},
+        sum(len(set(cohort.labels[fold.rows])) < len(classes) for fold in cohort.folds),
     )
 
 
-def _remarks(
+def remarks_of(
     facts: Sequence[CohortFacts],
     scores: Sequence[StudyScore],
     tests: Sequence[StudyTest],
     options: CompareOptions,
 ) -> list[str]:
+    """What a reader must know beside the tables, a sentence a line."""
     lines = []
     for cohort in facts:
         counts = ", ".join(f"{name} {n}" for name, n in cohort.classes.items())
         patients = "" if cohort.patients is None else f" of {cohort.patients:,} patients"
         lines.append(f"{cohort.name}: {cohort.slides:,} slides{patients} ({counts})")
         lines.append(f"{cohort.name}: {cohort.pooling}")
+        if cohort.short_folds:
+            lines.append(
+                f"{cohort.name}: {cohort.short_folds} folds lack a class; the scores of these "
+                "that 'per fold' averages are over fewer classes"
+            )
         several = cohort.patients is not None and cohort.patients < cohort.slides
         if several and not options.by_patient:
             lines.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from xmag_hf._version import __version__
-from xmag_hf.embedding.bag import write_atomically
-from xmag_hf.probing.pictures import COLOURS, MARKERS
-from xmag_hf.probing.report import plain
-from xmag_hf.probing.tables import Sheet
+from xmag_hf.atomic_write import write_atomically
+from xmag_hf.reporting.pictures import COLOURS, DPI, MARKERS, png
+from xmag_hf.reporting.records import plain
+from xmag_hf.reporting.tables import Sheet, as_markdown
 
 from .compare import (
     ACCURACY,
@@ -56,9 +54,9 @@ def write_comparison(result: CompareResult, paths: Sequence[Path], out: Path) ->
     record = {"format": FORMAT, "format_version": FORMAT_VERSION, "xmag_hf": __version__}
     record |= {"inputs": [path.resolve().name for path in paths]} | plain(result)
     contents = {
-        TABLE: comparison_markdown(result).encode(),
+        TABLE: comparison_markdown(result),
         PICTURE: draw_comparison(result),
-        RESULTS: json.dumps(record, indent=2, allow_nan=False).encode(),
+        RESULTS: json.dumps(record, indent=2, allow_nan=False),
     }
     out.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -80,16 +78,7 @@ def comparison_sheets(result: CompareResult) -> list[Sheet]:
 
 def comparison_markdown(result: CompareResult) -> str:
     """The tables and remarks."""
-    parts = []
-    for sheet in comparison_sheets(result):
-        bars = ["---"] * sheet.words + ["---:"] * (len(sheet.headings) - sheet.words)
-        rows = [
-            " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line)
-            for line in (sheet.headings, bars, *sheet.lines)
-        ]
-        parts += [f"## {sheet.title}", "\n".join(f"| {row} |" for row in rows), sheet.caption]
-    parts.append("\n".join(f"- {line}" for line in result.remarks))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return as_markdown(comparison_sheets(result), result.remarks)
 
 
 def _scores(result: CompareResult, cohort: CohortFacts) -> Sheet:
@@ -172,7 +161,7 @@ def draw_comparison(result: CompareResult) -> bytes:
         A PNG file.
     """
     rows, models = len(result.cohorts), len(result.studies)
-    figure = Figure((2.2 + 1.1 * models + 6.6, 4.1 * rows), dpi=150, layout="constrained")
+    figure = Figure((2.2 + 1.1 * models + 6.6, 4.1 * rows), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, len(DRAWN), squeeze=False)
     for row, cohort in zip(axes, result.cohorts, strict=True):
         for axis, metric in zip(row, DRAWN, strict=True):
@@ -180,10 +169,7 @@ def draw_comparison(result: CompareResult) -> bytes:
         row[0].set_ylabel(f"{cohort.name} (n = {cohort.slides:,})")
     note = f"whiskers: {100 * result.options.level:g}% bootstrap intervals; dashes: {MAJORITY}"
     figure.supxlabel(note, fontsize=8)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", metadata={"software": f"xmag_hf {__version__}"})
-    return buffer.getvalue()
+    return png(figure, {"Software": f"xmag_hf {__version__}"})
 
 
 def _panel(axis: Any, result: CompareResult, cohort: CohortFacts, metric: str) -> None:

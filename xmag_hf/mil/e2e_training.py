@@ -6,29 +6,32 @@ the same loss curve.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import get_cosine_schedule_with_warmup
 
-from xmag_hf.distillation import checkpoints
 from xmag_hf.embedding.ahead import ahead
 from xmag_hf.modeling import XMAGForSlideClassification
 from xmag_hf.modeling.convert import image_processor_for
+from xmag_hf.training.checkpoints import (
+    Metrics,
+    newest_checkpoint,
+    save_checkpoint,
+    stop_on_sigterm,
+)
+from xmag_hf.training.processes import any_rank
 
 from .e2e_options import FREE, E2EOptions
 from .errors import MILError
@@ -92,23 +95,6 @@ class _Run:
     steps_per_epoch: int
 
 
-def open_accelerator(options: E2EOptions) -> Accelerator:
-    """The processes of `accelerate launch`, or this one alone, as the options say."""
-    precision: str | None = options.mixed_precision
-    if precision == "auto":
-        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if on_gpu else "no"
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            precision = None  # `accelerate launch --mixed_precision ...` or its config has said
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision,
-        gradient_accumulation_steps=options.accumulation,
-        # Processes wait for the slowest to fill its share of the cache.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-    )
-
-
 def normalised(pixels: Tensor, model: XMAGForSlideClassification, device: torch.device) -> Tensor:
     """(N, S, S, 3) uint8 -> (N, 3, S, S) float32 on the device, normalised for the encoder."""
     processor = image_processor_for(model.encoder)
@@ -159,8 +145,8 @@ def train_fold(
     done = _resume(run)
     metrics = None
     if accelerator.is_main_process:
-        metrics = checkpoints.Metrics(folder / "metrics.jsonl", done)
-    with checkpoints.stop_on_sigterm() as stop:
+        metrics = Metrics(folder / "metrics.jsonl", done)
+    with stop_on_sigterm() as stop:
         while not _finished(run):
             epoch = run.progress.epochs
             slides = _ahead_of(run, epoch, start=done - epoch * run.steps_per_epoch)
@@ -171,14 +157,14 @@ def train_fold(
                 if metrics is not None:
                     metrics.write(line)
                 step()
-                stopping = _any_rank(accelerator, stop.asked)
+                stopping = any_rank(accelerator, stop.asked)
                 last = number == (epoch + 1) * run.steps_per_epoch
                 if not last and (stopping or number % options.checkpoint_steps == 0):
-                    checkpoints.save_checkpoint(accelerator, str(folder), number, record)
+                    save_checkpoint(accelerator, folder, number, record)
                 if stopping and not last:
                     _stop(folder, number)
             _end_epoch(run, time.perf_counter() - began)
-            checkpoints.save_checkpoint(accelerator, str(folder), done, record)
+            save_checkpoint(accelerator, folder, done, record)
             if stopping and not _finished(run):
                 _stop(folder, done)
     model = accelerator.unwrap_model(run.model).cpu()
@@ -240,15 +226,10 @@ def _parameter_groups(
 
 def _resume(run: _Run) -> int:
     """Load the last checkpoint of this very run; its step, 0 without one."""
-    found = [
-        (int(path.name.removeprefix("step-")), path)
-        for path in checkpoints.checkpoint_folder(run.folder).glob("step-*")
-        if (path / checkpoints.RUN_FILE).exists() and not path.name.endswith(".tmp")
-    ]
-    if not found:
+    found = newest_checkpoint(run.folder)
+    if found is None:
         return 0
-    step, folder = max(found)
-    old = json.loads((folder / checkpoints.RUN_FILE).read_text())
+    step, folder, old = found
     refuse_other(f"{folder}: a checkpoint", old, run.record)
     run.accelerator.load_state(str(folder))
     logger.info("resumed from %s", folder)
@@ -405,11 +386,3 @@ def predict_slides(
         found = gather_object(found)
     rows = [values for _, values in sorted(found)]
     return np.array(rows, dtype=np.float64).reshape(len(slides), inner.config.num_labels)
-
-
-def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process was asked to stop; all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    asked = torch.tensor(float(flag), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum") > 0)  # type: ignore[operator]

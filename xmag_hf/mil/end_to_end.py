@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
 from xmag_hf._version import __version__
-from xmag_hf.distillation import checkpoints
 from xmag_hf.embedding import EmbedOptions, SlideSource
 from xmag_hf.embedding.embed import check_sources
 from xmag_hf.embedding.encode import own_pooling
@@ -31,13 +30,14 @@ from xmag_hf.encoders import Encoder, load_encoder
 from xmag_hf.hub.folders import save_folder
 from xmag_hf.modeling import XMAGForSlideClassification
 from xmag_hf.modeling.convert import image_processor_for
+from xmag_hf.training.checkpoints import remove_checkpoints
+from xmag_hf.training.processes import open_accelerator
 
 from .compare import CompareResult
 from .e2e_options import E2EOptions, recorded
 from .e2e_training import (
     TrainingSlide,
     normalised,
-    open_accelerator,
     predict_slides,
     refuse_other,
     train_fold,
@@ -50,7 +50,7 @@ from .options import HEADS, INTERNAL, HeadOptions
 from .predict import load_head
 from .report import Tested, write_report
 from .slide_models import SCRATCH, slide_model, stamp
-from .study import _check_classes
+from .study import check_classes
 from .train import balanced_weights
 
 logger = logging.getLogger(__name__)
@@ -125,9 +125,10 @@ def end_to_end(
             checkpoint is written.
         EmbedError: Options of reading that do not fit the encoder.
         EncoderError: The encoder cannot be had.
+        TrainingError: accelerate's own settings say another accumulation.
         OSError: The output cannot be written.
     """
-    accelerator = open_accelerator(options)
+    accelerator = _accelerator(options)
     check_sources(sources)
     encoder = load_encoder(options.encoder)
     geometry = patch_geometry(encoder.card, reading)
@@ -160,7 +161,7 @@ def end_to_end(
         "options": recorded(options),
         "encoder_revision": encoder.revision,
         "head_revisions": heads,
-        "slides": _digest(cohort, folds),
+        "slides": _digest(cohort, folds, cache),
         "cache": cache.folder.name,
         "world": accelerator.num_processes,
         "xmag_hf": __version__,
@@ -176,9 +177,15 @@ def end_to_end(
     return E2EResult(cohort, folds, tuple(trained), scores)
 
 
-def _digest(cohort: Cohort, folds: np.ndarray) -> str:
-    """Of what is learnt from whom: a resumed run must mean the same slides, labels and folds."""
-    text = json.dumps([cohort.slide_ids.tolist(), cohort.labels.tolist(), folds.tolist()])
+def _accelerator(options: E2EOptions) -> Accelerator:
+    cpu = not torch.cuda.is_available()
+    return open_accelerator(options.mixed_precision, options.accumulation, cpu=cpu)
+
+
+def _digest(cohort: Cohort, folds: np.ndarray, cache: FrozenCache) -> str:
+    """Of what is learnt from whom: a resumed run must mean the same pixels, labels and folds."""
+    origins = [cache.origin(str(name)) for name in cohort.slide_ids]
+    text = json.dumps([cohort.slide_ids.tolist(), cohort.labels.tolist(), folds.tolist(), origins])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -275,11 +282,16 @@ def _folds(cohort: Cohort, options: E2EOptions) -> tuple[Cohort, np.ndarray]:
     """Folds of the slides: given, of the heads' study, or made; all 0 for a single training."""
     study = Path(options.head) / "folds.csv"
     given = options.folds_csv or (study if study.is_file() else None)
-    _check_classes(cohort)
+    check_classes(cohort)
     if options.folds == 1:
         return cohort, np.full(len(cohort), -1)  # no slide is in the test fold, 0
     if given is None:
         return cohort, make_folds(cohort, options.folds, options.seed)
+    if study.is_file() and Path(given).read_bytes() != study.read_bytes():
+        raise MILError(
+            f"--folds-csv {given}: other folds than those of the heads in {options.head}, which "
+            "would be tested on slides they have learnt from. Leave --folds-csv out."
+        )
     cohort, folds = read_folds(Path(given), cohort)
     if folds.max() + 1 != options.folds:
         raise MILError(f"{given}: {folds.max() + 1} folds, and --folds {options.folds}.")
@@ -313,7 +325,7 @@ def _fold(
     if (folder / "config.json").is_file():
         return _finished_fold(folder, fold, test, cohort, record)
     rows = np.flatnonzero((folds != fold) & ~validation)
-    accelerator = open_accelerator(options)
+    accelerator = _accelerator(options)
     set_seed(options.seed + fold)
     model = _start(encoder, cohort, cohort.labels[rows], fold, options, cache.geometry)
     per_step = options.accumulation * accelerator.num_processes
@@ -332,17 +344,19 @@ def _fold(
     )
     probabilities = predict_slides(accelerator, model, cache, _slides(cohort, test))
     model = model.cpu().eval()
+    trained = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
     stamp(model, cache.geometry)
     if accelerator.is_main_process:
         result = {
             "run": record,
             "best_epoch": progress.best_epoch,
             "history": progress.history,
+            "trained_parameters": trained,  # of the encoder
             "test": [str(name) for name in cohort.slide_ids[test]],
             "probabilities": probabilities.tolist(),
         }
         _save(model, folder, cohort, encoder, result)
-        checkpoints.remove_checkpoints(str(work))
+        remove_checkpoints(work)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return FoldResult(fold, folder, test, probabilities, progress.best_epoch, progress.history)
@@ -481,7 +495,6 @@ def _card(
 ) -> str:
     """The folder's README.md."""
     options, config = result["run"]["options"], model.config
-    trained = sum(p.numel() for p in model.encoder.parameters() if p.requires_grad)
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
@@ -493,7 +506,7 @@ Pixels of a whole slide, in patches of {config.patch_px} px at {config.mpp:g} um
 {", ".join(cohort.classes)}. Research only: not for diagnosis.
 
 - Encoder: started from {encoder.name} {encoder.revision} (licence: {encoder.licence}); the first
-  {config.frozen_stages} stages frozen, {trained:,} of its parameters trained.
+  {config.frozen_stages} stages frozen, {result["trained_parameters"]:,} of its parameters trained.
 - Slides: {len(cohort)} of {len(set(cohort.patient_ids))} patients, fold {result["run"]["fold"]} of
   {options["folds"]} left out; epoch {result["best_epoch"]} of {len(result["history"])} kept.
 - Options: `{json.dumps(options)}`

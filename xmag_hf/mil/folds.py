@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from xmag_hf.embedding.bag import write_atomically
+from xmag_hf.atomic_write import write_atomically
 
 from .errors import MILError
 from .labels import Cohort, read_lines
@@ -24,8 +24,8 @@ _SHUFFLES = 50
 def make_folds(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
     """Stratified folds by patient (scikit-learn's StratifiedGroupKFold).
 
-    The first of some shuffles that has every class in every fold; else the first with which every
-    fold can be trained and scored (`check_folds`).
+    The first of some shuffles that has every class in every fold; else the first of all, which is
+    refused if a fold cannot be trained or scored (`check_folds`).
 
     Args:
         cohort: Its slides are in the order of their ids, so folds do not depend on a CSV's order.
@@ -47,7 +47,8 @@ def make_folds(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
     def usable(folds: np.ndarray) -> bool:
         return all(len(set(labels[folds == k])) == len(cohort.classes) for k in range(n_folds))
 
-    made = _first_good(labels, patients, n_folds, seed, _assigned, usable)
+    remedy = "Lower --folds, or merge classes."
+    made = _first_good(labels, patients, n_folds, seed, _assigned, usable, remedy)
     check_folds(cohort, made)
     return made
 
@@ -87,6 +88,7 @@ def validation_rows(cohort: Cohort, training: np.ndarray, share: float, seed: in
         labels, patients, parts, seed,
         lambda splits: assigned(*splits[0]),
         lambda part: sides(part) == (whole, whole),
+        "Raise --validation-share, or merge classes.",
     )  # fmt: skip
     if sides(part)[1] < whole or not part.any():
         lost = sorted(set(labels) - set(labels[~part]))
@@ -198,6 +200,7 @@ def _first_good(
     seed: int,
     assigned: Callable[[Splits], np.ndarray],
     good: Callable[[np.ndarray], bool],
+    remedy: str,
 ) -> np.ndarray:
     """The first shuffle whose assignment is good, or else the first of all."""
     tried = []
@@ -209,7 +212,12 @@ def _first_good(
                 warnings.simplefilter("ignore")  # of rare classes: they are checked for here
                 tried.append(assigned(list(splitter.split(labels, labels, patients))))
         except ValueError as error:
-            raise MILError(f"{parts} folds of {len(labels)} slides: {error}") from error
+            # Even the commonest class has fewer slides than there shall be parts.
+            most = np.bincount(labels).max()
+            raise MILError(
+                f"{len(labels)} slides, of no class more than {most}, cannot be split into {parts} "
+                f"parts. {remedy}"
+            ) from error
         if good(tried[-1]):
             return tried[-1]
     return tried[0]

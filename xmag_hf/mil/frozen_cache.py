@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xmag_hf.atomic_write import atomic_file
 from xmag_hf.embedding.ahead import ahead
 from xmag_hf.embedding.options import EmbedOptions
 from xmag_hf.embedding.plan import PatchGeometry, SlidePlan, plan_slide
@@ -77,6 +77,11 @@ class FrozenCache:
                 return torch.from_numpy(file["rows"][()])  # type: ignore[index]
         except (OSError, KeyError) as error:
             raise MILError(f"{path}: damaged ({error}). Remove it and run again.") from error
+
+    def origin(self, slide_id: str) -> str:
+        """What a slide's rows were made from, see `_origin`."""
+        with h5py.File(self.path(slide_id), "r") as file:
+            return str(file.attrs["origin"])
 
 
 def frozen_cache(
@@ -150,10 +155,10 @@ def fill_cache(
     cache.folder.mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
     for source in sources:
-        plan, head = None, ""
+        plan, origin = None, ""
         try:
-            head = sha256_head(source.path)
-            if not _complete(cache, source, head):
+            origin = _origin(cache, source)
+            if not _complete(cache, source.slide_id, origin):
                 plan = plan_slide(source, cache.geometry, cache.options)
         except SLIDE_FAULTS as error:
             failed[source.slide_id] = reason_of(source.slide_id, error)
@@ -162,7 +167,9 @@ def fill_cache(
                 plan, batch_size=batch_size, threads=cache.options.threads, device=device
             )
             try:
-                _write(cache, plan, head, ahead(_faults_named(batches, plan), BATCHES_AHEAD), keep)
+                _write(
+                    cache, plan, origin, ahead(_faults_named(batches, plan), BATCHES_AHEAD), keep
+                )
             except _SlideFault as error:
                 failed[source.slide_id] = str(error)
         step()
@@ -183,34 +190,27 @@ def _faults_named(
 
 
 def _write(
-    cache: FrozenCache, plan: SlidePlan, head: str, batches: Iterator[PatchBatch], keep: Keep
+    cache: FrozenCache, plan: SlidePlan, origin: str, batches: Iterator[PatchBatch], keep: Keep
 ) -> None:
-    """Write one slide's file, under a temporary name until it is complete."""
+    """Write one slide's file, whole or not at all."""
     slide_id, path = plan.source.slide_id, cache.path(plan.source.slide_id)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     kept: list[np.ndarray] = []
     lost: list[tuple[int, str]] = []
-    try:
-        with h5py.File(draft, "w") as file:
-            for batch in batches:
-                lost += batch.unreadable
-                if len(batch.rows):
-                    values = keep(torch.as_tensor(batch.pixels)).cpu().numpy()
-                    _append(file, _in_type(values, cache.dtype, slide_id), len(plan.coords))
-                    kept.append(batch.rows)
-            if not kept:
-                first = f" First unreadable: {lost[0][1]}" if lost else ""
-                raise _SlideFault(
-                    f"{slide_id}: no patch of {plan.grid_patches} holds enough tissue, or could be "
-                    f"decoded.{first} Look at it, or lower --tissue."
-                )
-            file["coords"] = plan.coords[np.concatenate(kept)]
-            file.attrs.update({"slide_sha256_head": head, "mpp0": plan.mpp0, "lost": len(lost)})
-        with draft.open("rb") as stream:
-            os.fsync(stream.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with atomic_file(path) as draft, h5py.File(draft.name, "w") as file:
+        for batch in batches:
+            lost += batch.unreadable
+            if len(batch.rows):
+                values = keep(torch.as_tensor(batch.pixels)).cpu().numpy()
+                _append(file, _in_type(values, cache.dtype, slide_id), len(plan.coords))
+                kept.append(batch.rows)
+        if not kept:
+            first = f" First unreadable: {lost[0][1]}" if lost else ""
+            raise _SlideFault(
+                f"{slide_id}: no patch of {plan.grid_patches} holds enough tissue, or could be "
+                f"decoded.{first} Look at it, or lower --tissue."
+            )
+        file["coords"] = plan.coords[np.concatenate(kept)]
+        file.attrs.update({"origin": origin, "mpp0": plan.mpp0, "lost": len(lost)})
     if lost:
         logger.warning("%s: %d patches could not be decoded.", slide_id, len(lost))
 
@@ -238,15 +238,17 @@ def _in_type(values: np.ndarray, dtype: str, slide_id: str) -> np.ndarray:
     return kept
 
 
-def _complete(cache: FrozenCache, source: SlideSource, head: str) -> bool:
-    """Whether the slide's file is there and of this very slide."""
-    path = cache.path(source.slide_id)
-    if not path.is_file():
-        return False
+def _origin(cache: FrozenCache, source: SlideSource) -> str:
+    """What a slide's rows depend on beside the key: the file, a given um/px, the annotation."""
+    given = cache.options.slide_mpp if source.mpp is None else source.mpp
+    annotation = source.tissue_geojson
+    drawn = None if annotation is None else hashlib.sha256(annotation.read_bytes()).hexdigest()
+    return json.dumps([sha256_head(source.path), given, drawn])
+
+
+def _complete(cache: FrozenCache, slide_id: str, origin: str) -> bool:
+    """Whether the slide's file is there, whole and of this very slide, read in this very way."""
     try:
-        with h5py.File(path, "r") as file:
-            mpp0 = float(file.attrs["mpp0"])  # type: ignore[arg-type]
-            given = cache.options.slide_mpp if source.mpp is None else source.mpp
-            return file.attrs["slide_sha256_head"] == head and given in (None, mpp0)
+        return cache.path(slide_id).is_file() and cache.origin(slide_id) == origin
     except (OSError, KeyError):
         return False  # made anew

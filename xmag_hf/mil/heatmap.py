@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xmag_hf._version import __version__
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
-from xmag_hf.embedding.bag import write_atomically
 from xmag_hf.embedding.sources import SLIDE_FAULTS, open_source, reason_of
 from xmag_hf.slides import Slide, SlideReadError, sha256_head
 
@@ -175,12 +175,12 @@ def _embed(
     """Make the bags that the head takes; slide -> record, where none came of it."""
     from xmag_hf.embedding import embed_slides
 
-    from .predict import _encoder, head_geometry
+    from .predict import head_encoder, head_geometry
 
     wanted = EmbedOptions(overlap=options.overlap)
     names = ", ".join(source.slide_id for source in missing[:3])
     logger.info("%d slides without a bag in %s (%s): embedding them", len(missing), bags, names)
-    encoder = _encoder(model, options.model, wanted)
+    encoder = head_encoder(model, options.model, wanted)
     summary = embed_slides(missing, bags, encoder, head_geometry(model.config, wanted))
     without = {}
     for record in summary.records:

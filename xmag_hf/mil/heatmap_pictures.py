@@ -5,20 +5,22 @@ Drawn on Agg canvases of their own, without pyplot, so nothing global is set or 
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from xmag_hf.reporting.pictures import png
+
 DPI = 100
+# A picture of tissue hardly shrinks beyond this, and takes three times as long to try.
+COMPRESSION = 3
 OPACITY = 0.5
 COLOURS = "viridis"  # even steps, and told apart by colour-blind readers
 UPPER_PERCENTILE = 99.0  # the brightest colour: one outlier must not turn the rest dark
@@ -165,7 +167,7 @@ def draw_overlay(
         extend="max" if scale.cut else "neither",
     )
     figure.text(0.15 / total[0], 1 - 0.1 / total[1], title, va="top", fontsize=10)
-    return _png(figure, about)
+    return png(figure, about, COMPRESSION)
 
 
 def draw_contact_sheet(
@@ -206,7 +208,7 @@ def draw_contact_sheet(
     side = patches[0].shape[0]
     _scale_bar(axes[0], side, side, patch_um / side)
     figure.suptitle(title, fontsize=10)
-    return _png(figure, about)
+    return png(figure, about, COMPRESSION)
 
 
 def scale_bar_um(width_um: float) -> float:
@@ -241,11 +243,3 @@ def _share_of(
     box: tuple[float, float, float, float], total: tuple[float, float]
 ) -> tuple[float, float, float, float]:
     return box[0] / total[0], box[1] / total[1], box[2] / total[0], box[3] / total[1]
-
-
-def _png(figure: Figure, about: dict[str, str] | None) -> bytes:
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    # A picture of tissue hardly shrinks beyond this, and takes three times as long to try.
-    figure.savefig(buffer, format="png", metadata=about, pil_kwargs={"compress_level": 3})
-    return buffer.getvalue()

@@ -62,10 +62,22 @@ class StudyOptions:
         MILError: A value outside its range, or options that contradict each other.
     """
 
-    labels: str = dataclasses.field(
-        metadata={"help": "CSV with slide_id, patient_id and label", "metavar": "CSV"}
-    )
     out: str = dataclasses.field(metadata={"help": "folder of the study", "metavar": "DIR"})
+    labels: str | None = _option(
+        None, "CSV with slide_id, patient_id and label; needed unless --preset", metavar="CSV"
+    )
+    preset: str | None = _option(
+        None,
+        "one of the paper's tasks (nsclc, rcc, panda-isup, brca-odx): label CSVs are made from "
+        "--preset-files, and the paper's values stand beside ours",
+        metavar="NAME",
+    )
+    preset_files: tuple[str, ...] = _option(
+        (),
+        "what the sources hand out: GDC sample sheet, TCIA's slide tables, PANDA's train.csv, ... "
+        "(docs/reproduction.md)",
+        metavar="FILE",
+    )
     label_column: str = _option("label", "of the CSVs", metavar="NAME")
     against_rest: str | None = _option(
         None, "this class against all others as one", metavar="CLASS"
@@ -111,7 +123,9 @@ class StudyOptions:
             raise MILError(f"--level={self.level}: between 0 and 1.")
         if self.jobs is not None and self.jobs < 1:
             raise MILError(f"--jobs={self.jobs}: at least 1.")
-        if bool(self.external_labels) != bool(self.external_bags):
+        if not (self.preset or self.labels) or bool(self.preset) != bool(self.preset_files):
+            raise MILError("give --labels, or --preset with --preset-files.")
+        if not self.preset and bool(self.external_labels) != bool(self.external_bags):
             raise MILError("--external-labels and --external-bags: give both, or neither.")
         if not self.external_name or self.external_name == INTERNAL:
             raise MILError(f"--external-name {self.external_name!r}: choose another.")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from xmag_hf.embedding.bag import write_atomically
 from xmag_hf.evaluation import roc_auc
-from xmag_hf.probing.pictures import COLOURS
+from xmag_hf.reporting.pictures import COLOURS, save_picture
 
 from .predictions import CohortPredictions
 
@@ -40,7 +37,7 @@ def draw_roc(
     columns = min(len(panels), _PANELS_PER_ROW if len(classes) == 2 else len(positives))
     rows = -(-len(panels) // columns)
     size = (_PANEL_INCHES * columns + 0.2, _PANEL_INCHES * rows + 0.5)
-    figure = Figure(size, layout="constrained")
+    figure = Figure(size, layout="constrained", dpi=130)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (name, positive) in zip(axes, panels, strict=False):
         _panel(axis, cohorts[name], positive)
@@ -48,10 +45,7 @@ def draw_roc(
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=11)
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write_atomically(path, buffer.getvalue())
+    save_picture(figure, path)
 
 
 def _panel(axis: Any, cohort: CohortPredictions, positive: int) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import xmag_hf  # noqa: F401  (registers the classes of heads with transformers)
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
-from xmag_hf.embedding.bag import IDENTITY, write_atomically
+from xmag_hf.embedding.bag import IDENTITY
 from xmag_hf.embedding.options import POOLINGS
 from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
 from xmag_hf.encoders import ENCODERS, Encoder, load_encoder
@@ -170,7 +171,7 @@ def predict_slides(
     """
     from xmag_hf.embedding import embed_slide
 
-    loaded = _encoder(model, encoder, options)
+    loaded = head_encoder(model, encoder, options)
     options = head_geometry(model.config, options)
     for source in sources:
         try:
@@ -191,7 +192,7 @@ def head_geometry(config: Any, options: EmbedOptions) -> EmbedOptions:
     return dataclasses.replace(options, mpp=config.mpp, patch_px=config.patch_px, pooling=pooling)
 
 
-def _encoder(model: Any, name: str | None, options: EmbedOptions) -> Encoder:
+def head_encoder(model: Any, name: str | None, options: EmbedOptions) -> Encoder:
     """The encoder of a head's bags, loaded, and checked to be that one."""
     device = options.device
     if device == "auto":

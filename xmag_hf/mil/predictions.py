@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xmag_hf.probing.errors import ProbeError
-from xmag_hf.probing.pictures import read_class_predictions
+from xmag_hf.reporting.errors import ReportError
+from xmag_hf.reporting.predictions import read_class_predictions
 
 from .errors import MILError
 from .options import INTERNAL
@@ -200,7 +200,7 @@ def _probe(file: Path, name: str, lines: list[list[str]]) -> StudyPredictions:
     """Predictions of a probe: its images are the slides, its groups the patients."""
     try:
         labels, repeats, classes = read_class_predictions(file)
-    except ProbeError as error:
+    except ReportError as error:
         raise MILError(str(error)) from error
     ids = np.array([line[0] for line in lines[1:]])
     groups = np.array([line[1] for line in lines[1:]])

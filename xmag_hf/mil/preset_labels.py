@@ -13,13 +13,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.data_builders.tcga import parse_barcode, read_sample_sheet
-from xmag_hf.embedding.bag import write_atomically
 
 from .errors import MILError
+from .options import StudyOptions
 from .presets import Preset, load_preset
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,52 @@ def write_preset_labels(name: str, files: Sequence[Path], out: Path) -> dict[str
         written[cohort] = out / f"{name}-{cohort}.csv"
         write_atomically(written[cohort], text.getvalue().encode())
     return written
+
+
+def with_preset(options: StudyOptions) -> StudyOptions:
+    """Options of a study with the label CSVs of its preset, which are written beside its folder.
+
+    The cohort that trains is cross-validated; the one that tests is the external cohort where its
+    bags are given.
+
+    Args:
+        options: With `preset` and `preset_files`.
+
+    Returns:
+        The same with labels, external_labels and external_name.
+
+    Raises:
+        MILError: See `preset_labels`; label CSVs are given too; or no label file for the cohort
+            that trains, or for the one whose bags are given.
+        OSError: See `preset_labels`.
+    """
+    if options.labels or options.external_labels:
+        raise MILError("--labels and --external-labels: --preset makes them from --preset-files.")
+    preset = load_preset(str(options.preset))
+    out = Path(options.out).expanduser().resolve()
+    files = [Path(name) for name in options.preset_files]
+    written = write_preset_labels(preset.name, files, out.with_name(f"{out.name}-labels"))
+    wanted = {cohort.role: cohort.name for cohort in preset.cohorts if cohort.available}
+    if options.external_bags and "test" not in wanted:
+        raise MILError(
+            f"preset {preset.name}: no cohort to test on that can be had. Leave --external-bags "
+            "out, or give --labels and --external-labels without --preset."
+        )
+    needed = ["train", "test"] if options.external_bags else ["train"]
+    for role in needed:
+        if wanted.get(role) not in written:
+            raise MILError(
+                f"preset {preset.name}: no labels of the cohort that is to {role} "
+                f"({wanted[role]}). Give its label file with --preset-files."
+            )
+    if not options.external_bags:
+        return replace(options, labels=str(written[wanted["train"]]))
+    return replace(
+        options,
+        labels=str(written[wanted["train"]]),
+        external_labels=str(written[wanted["test"]]),
+        external_name=wanted["test"],
+    )
 
 
 def _unique(preset: Preset, found: Sequence[tuple[LabelRow, Path]]) -> list[LabelRow]:
@@ -265,7 +312,12 @@ def _cptac_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 f"{path}: neither a column {' or '.join(CPTAC_TUMOUR)} nor LUAD or LSCC in its "
                 "name: whose slides are these?"
             )
-        tissue = _pick(line, CPTAC_TISSUE) or ""
+        tissue = _pick(line, CPTAC_TISSUE)
+        if tissue is None:
+            raise MILError(
+                f"{path}: no column {' or '.join(CPTAC_TISSUE)}, so normal tissue would pass for "
+                "tumour. Download the slide table with it."
+            )
         yield slide_id, case, f"{tumour}, normal" if "normal" in tissue.lower() else tumour
 
 

@@ -216,8 +216,7 @@ PRESETS: dict[str, Preset] = {
                 "none",
                 994,
                 {"low": 847, "high": 147},
-                "Private to the Ohio State University Wexner Medical Center: not available. Any "
-                "cohort of your own with real scores takes its place.",
+                "Private to the Ohio State University Wexner Medical Center: not available.",
                 available=False,
             ),
         ),

@@ -7,18 +7,16 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xmag_hf._version import __version__
-from xmag_hf.embedding.bag import write_atomically
-from xmag_hf.probing.pictures import draw_confusion
-from xmag_hf.probing.report import EXACT_DIGITS, plain
+from xmag_hf.atomic_write import write_atomically
+from xmag_hf.reporting.pictures import draw_confusion
+from xmag_hf.reporting.records import EXACT_DIGITS, plain, versions
 
-from .compare import METRICS, CompareOptions, CompareResult, _facts, _remarks, _score
+from .compare import METRICS, CompareOptions, CompareResult, cohort_facts, remarks_of, study_score
 from .compare_report import comparison_markdown
 from .labels import Cohort
 from .options import INTERNAL
@@ -59,10 +57,12 @@ def write_predictions(path: Path, tested: Sequence[Tested]) -> None:
                 cohort.slide_ids[row], cohort.patient_ids[row], cohort.name, one.fold,
                 cohort.classes[cohort.labels[row]], *(f"{v:.{EXACT_DIGITS}g}" for v in values),
             ])  # fmt: skip
-    write_atomically(path, text.getvalue().encode())
+    write_atomically(path, text.getvalue())
 
 
-def score_study(folder: Path, name: str, *, samples: int, level: float, seed: int) -> CompareResult:
+def score_study(
+    folder: Path, name: str, *, samples: int, level: float, seed: int, preset: str | None = None
+) -> CompareResult:
     """Scores of a study, from its predictions alone; intervals draw patients.
 
     Args:
@@ -71,19 +71,22 @@ def score_study(folder: Path, name: str, *, samples: int, level: float, seed: in
         samples: Of the bootstrap.
         level: Of the intervals.
         seed: Of the bootstrap.
+        preset: Whose published values stand beside the scores.
 
     Returns:
         As of a comparison, without tests.
     """
-    options = CompareOptions(by_patient=True, samples=samples, level=level, seed=seed)
+    options = CompareOptions(
+        by_patient=True, samples=samples, level=level, seed=seed, preset=preset
+    )
     study = read_predictions(folder, name)
-    facts = [_facts(cohort, own, study.classes) for cohort, own in study.cohorts.items()]
+    facts = [cohort_facts(cohort, own, study.classes) for cohort, own in study.cohorts.items()]
     scores = [
-        _score(cohort, name, own, metric, options)
+        study_score(cohort, name, own, metric, options)
         for cohort, own in study.cohorts.items()
         for metric in METRICS
     ]
-    remarks = tuple(_remarks(facts, scores, (), options))
+    remarks = tuple(remarks_of(facts, scores, (), options))
     return CompareResult(options, (name,), tuple(facts), tuple(scores), (), remarks)
 
 
@@ -96,6 +99,7 @@ def write_report(
     samples: int,
     level: float,
     seed: int,
+    preset: str | None = None,
 ) -> CompareResult:
     """Write predictions.csv, roc.png, confusion.png, table.md and, last, results.json.
 
@@ -108,12 +112,13 @@ def write_report(
         samples: Of the intervals' bootstrap.
         level: Of the intervals.
         seed: Of the bootstrap.
+        preset: Whose published values stand beside the scores.
 
     Returns:
         The scores.
     """
     write_predictions(folder / FILE, tested)
-    result = score_study(folder, name, samples=samples, level=level, seed=seed)
+    result = score_study(folder, name, samples=samples, level=level, seed=seed, preset=preset)
     study = read_predictions(folder, name)
     draw_roc(study.cohorts, study.classes, folder / "roc.png", title=name)
     for cohort, own in study.cohorts.items():
@@ -129,23 +134,16 @@ def write_report(
         for exclusion in cohort.exclusions
     ]
     text = comparison_markdown(result) + "".join(f"{line}\n" for line in lines)
-    write_atomically(folder / TABLE, text.encode())
+    write_atomically(folder / TABLE, text)
     record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         **record,
         "exclusions": {name: cohort.exclusions for name, cohort in cohorts.items()},
         "cohorts": result.cohorts,
         "scores": result.scores,
         "remarks": result.remarks,
     }
-    write_atomically(
-        folder / RESULTS, json.dumps(plain(record), indent=2, allow_nan=False).encode()
-    )
+    write_atomically(folder / RESULTS, json.dumps(plain(record), indent=2, allow_nan=False))
     return result
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of what computes."""
-    return {"xmag_hf": __version__} | {name: version(name) for name in PACKAGES}

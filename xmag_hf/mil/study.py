@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from xmag_hf.embedding.bag import write_atomically
+from xmag_hf._version import __version__
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.encoders import ENCODERS
 from xmag_hf.hub import HeadCardFacts, render_head_card, save_folder
-from xmag_hf.probing.record import bare
-from xmag_hf.probing.report import plain
+from xmag_hf.reporting.records import bare, plain, versions
 
 from .bags import LabelledBags
 from .compare import CompareOptions, CompareResult, compare_studies
@@ -38,7 +38,8 @@ from .folds import make_folds, read_folds, validation_rows, write_folds
 from .labels import Advance, Cohort, class_names, differences, join, read_labels
 from .options import INTERNAL, HeadOptions, StudyOptions
 from .predict import load_head
-from .report import RESULTS, Tested, score_study, versions, write_report
+from .preset_labels import with_preset
+from .report import PACKAGES, RESULTS, Tested, score_study, write_report
 from .train import Head, Training, predict_head, train_head
 
 logger = logging.getLogger(__name__)
@@ -143,11 +144,13 @@ def run_study(
             `folds`.
         OSError: Something cannot be read or written.
     """
+    options = with_preset(options) if options.preset else options
     out = Path(options.out).expanduser().resolve()
     plan = _plan(bag_folders, options, head, out, advance)
     digest = _digest(plan)
     if _finished(out, digest):
         logger.info("%s: done already", out)
+        _tidy(plan, out)
         return _scores(plan, out)
     tasks = _tasks(plan)
     _open_partial(plan.partial, out, digest)
@@ -158,12 +161,10 @@ def run_study(
         result = _conclude(plan, study, own, digest)
     if len(plan.studies) > 1:
         result = _compare(plan, digest)
-    for study in plan.studies:
-        shutil.rmtree(study.folder / WORK)
-    (plan.partial / RUN).unlink()
     if out.exists():
-        out.rmdir()  # empty: `_open_partial` has looked
+        out.rmdir()  # empty: `_finished` has looked
     os.replace(plan.partial, out)
+    _tidy(plan, out)
     return result
 
 
@@ -201,15 +202,15 @@ def _plan(
     advance: Advance | None,
 ) -> _Plan:
     names = _names(bag_folders, options.head)
-    rows = read_labels(Path(options.labels), options.label_column, options.against_rest)
+    rows = read_labels(Path(str(options.labels)), options.label_column, options.against_rest)
     classes = class_names(rows)
     cohort = join(INTERNAL, rows, bag_folders, classes, advance)
     if options.folds_csv is None:
-        _check_classes(cohort)
+        check_classes(cohort)
         folds = make_folds(cohort, options.folds, head.seed)
     else:
         cohort, folds = read_folds(Path(options.folds_csv), cohort)
-        _check_classes(cohort)
+        check_classes(cohort)
     for exclusion in cohort.exclusions:
         logger.warning("left out: %s: %s", exclusion.slide_id, exclusion.reason)
     external = _external(cohort, bag_folders, options, advance)
@@ -221,7 +222,12 @@ def _plan(
     return _Plan(options, head, cohort, folds, external, studies, partial)
 
 
-def _check_classes(cohort: Cohort) -> None:
+def check_classes(cohort: Cohort) -> None:
+    """Refuse a cohort that has lost all slides of a class.
+
+    Raises:
+        MILError: Naming the classes.
+    """
     lost = [name for c, name in enumerate(cohort.classes) if not (cohort.labels == c).any()]
     if lost:
         raise MILError(
@@ -328,7 +334,7 @@ def _digest(plan: _Plan) -> str:
     ]
     identities = [files[0].identity for cohort in plan.cohorts for files in cohort.bags]
     content = [
-        versions()["xmag_hf"], _shown(plan.options), dataclasses.asdict(plan.head),
+        __version__, _shown(plan.options), dataclasses.asdict(plan.head),
         plan.cohort.classes, slides, identities, plan.folds.tolist(),
         [study.name for study in plan.studies],
     ]  # fmt: skip
@@ -340,7 +346,9 @@ def _shown(options: StudyOptions) -> dict[str, Any]:
     values = {k: v for k, v in dataclasses.asdict(options).items() if k not in LOCAL}
     for name in ("labels", "folds_csv", "external_labels"):
         values[name] = None if values[name] is None else bare(values[name])
-    return values | {"external_bags": [bare(name) for name in options.external_bags]}
+    for name in ("external_bags", "preset_files"):
+        values[name] = [bare(path) for path in values[name]]
+    return values
 
 
 def _finished(out: Path, digest: str) -> bool:
@@ -364,6 +372,13 @@ def _recorded(path: Path) -> str | None:
         return json.loads(path.read_text(encoding="utf-8")).get("study")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def _tidy(plan: _Plan, out: Path) -> None:
+    """Remove what only a resumed run needs; last, so that a kill at any moment loses nothing."""
+    for study in plan.studies:
+        shutil.rmtree(out / study.folder.relative_to(plan.partial) / WORK, ignore_errors=True)
+    (out / RUN).unlink(missing_ok=True)
 
 
 def _open_partial(partial: Path, out: Path, digest: str) -> None:
@@ -466,7 +481,7 @@ def _conclude(plan: _Plan, study: Study, tasks: Sequence[FoldTask], digest: str)
     options = plan.options
     result = write_report(
         study.folder, study.name, [one for cohort in tested for one in cohort], record,
-        samples=options.samples, level=options.level, seed=plan.head.seed,
+        samples=options.samples, level=options.level, seed=plan.head.seed, preset=options.preset,
     )  # fmt: skip
     model = load_head(tasks[best].head)
     origin = (
@@ -495,7 +510,7 @@ def _compare_options(plan: _Plan) -> CompareOptions:
     options = plan.options
     return CompareOptions(
         names=tuple(study.name for study in plan.studies), by_patient=True,
-        samples=options.samples, level=options.level, seed=plan.head.seed,
+        samples=options.samples, level=options.level, seed=plan.head.seed, preset=options.preset,
     )  # fmt: skip
 
 
@@ -507,8 +522,9 @@ def _scores(plan: _Plan, out: Path) -> CompareResult:
         return compare_studies(folders, _compare_options(plan))
     name = plan.studies[0].name
     return score_study(
-        folders[0], name, samples=options.samples, level=options.level, seed=plan.head.seed
-    )
+        folders[0], name, samples=options.samples, level=options.level, seed=plan.head.seed,
+        preset=options.preset,
+    )  # fmt: skip
 
 
 def _fold_card(task: FoldTask, model: Head, training: Training) -> str:
@@ -548,6 +564,6 @@ def _card(
             origin=origin,
             results=results,
             options=options,
-            versions=versions(),
+            versions=versions(PACKAGES),
         )
     )

@@ -21,6 +21,7 @@ from xmag_hf.modeling import (
 )
 
 from .bags import BagFile, LabelledBags, batch_tensors, ordered_batches, shuffled_batches
+from .errors import MILError
 from .options import HeadOptions
 
 Head = XMAGABMILModel | XMAGMeanPoolModel
@@ -122,6 +123,9 @@ def train_head(
 
     Returns:
         The head in eval mode, on the device, with the weights of its best epoch.
+
+    Raises:
+        MILError: The loss is not finite.
     """
     weights = balanced_weights(training.labels, len(classes)) if options.class_weights else None
     lengths = np.array([bag.patches for bag in training.files])
@@ -142,6 +146,11 @@ def train_head(
             batches = shuffled_batches(lengths, options.batch_size, rng)
             loss = _train_epoch(model, training, batches, optimizer, schedule, device)
             history.append(Epoch(loss, predict_head(model, validation, options, device)[1]))
+            if not math.isfinite(history[-1].validation_loss):
+                raise MILError(
+                    f"validation loss is {history[-1].validation_loss} after epoch {len(history)}: "
+                    f"lower --learning-rate ({options.learning_rate:g})."
+                )
             if not best or history[-1].validation_loss < history[best_epoch - 1].validation_loss:
                 best_epoch = len(history)
                 best = {name: value.clone() for name, value in model.state_dict().items()}

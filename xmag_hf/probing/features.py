@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import zipfile
 import zlib
@@ -29,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from xmag_hf._version import __version__
+from xmag_hf.atomic_write import atomic_file
 from xmag_hf.encoders import Encoder
 
 from .errors import ProbeError
@@ -322,10 +322,8 @@ def _compute(
             advance(len(rows))
         else:
             chunk, counts = _compute_chunk(wanted, engine, rows, advance)
-            temporary = path.with_suffix(f".tmp{os.getpid()}")
-            with temporary.open("wb") as stream:
+            with atomic_file(path) as stream:
                 np.savez(stream, features=chunk, counts=counts)
-            os.replace(temporary, path)
         features.append(chunk)
         image.append(np.repeat(np.arange(rows.start, rows.stop), counts))
     return np.concatenate(features), np.concatenate(image)
@@ -406,9 +404,8 @@ def _write(
     split: ImageSplit,
     identity: FeatureIdentity,
 ) -> None:
-    """Write one split under a temporary name, sync, and rename."""
-    temporary = path.with_suffix(f".tmp{os.getpid()}")
-    with h5py.File(temporary, "w") as file:
+    """Write one split, whole or not at all."""
+    with atomic_file(path) as draft, h5py.File(draft.name, "w") as file:
         file.create_dataset("features", data=features)
         file.create_dataset("image", data=image)
         file.create_dataset("ids", data=split.ids.astype(object), dtype=h5py.string_dtype())
@@ -417,10 +414,6 @@ def _write(
         file.attrs["format"] = "xmag-probe-features"
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["created_by"] = f"xmag_hf {__version__}"
-        file.flush()
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def _read(

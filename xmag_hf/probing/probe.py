@@ -11,6 +11,9 @@ import numpy as np
 import torch
 
 from xmag_hf.encoders import Encoder, check_encoder, load_encoder
+from xmag_hf.reporting.predictions import write_class_predictions, write_count_predictions
+from xmag_hf.reporting.records import EXACT_DIGITS
+from xmag_hf.reporting.tables import as_markdown
 
 from . import report, tables
 from .counts import count_probe, images_without_nuclei, nuclei_counts, nuclei_types
@@ -86,7 +89,8 @@ def run_probe(options: ProbeOptions, advance: Advance = _silent) -> ProbeResult:
     remarks = tables.remarks(data, results, comparisons)
     seconds = time.perf_counter() - began
     result = ProbeResult(options, data, results, comparisons, remarks, seconds)
-    (folder / report.TABLE).write_text(tables.markdown(result), encoding="utf-8")
+    text = as_markdown(tables.sheets(result), tables.all_remarks(result))
+    (folder / report.TABLE).write_text(text, encoding="utf-8")
     report.close_report(folder, out, record(result))
     return result
 
@@ -216,9 +220,9 @@ def _classify(
         details[answer.method] = answer.details
         path = folder / "predictions" / report.predictions_name(row.label, answer.method)
         few = answer.method.startswith(FEW_SHOT)
-        report.write_class_predictions(
+        write_class_predictions(
             path, answer.ids, answer.groups, answer.labels, answer.probabilities, images.classes,
-            digits=report.FEW_SHOT_DIGITS if few else report.EXACT_DIGITS,
+            digits=report.FEW_SHOT_DIGITS if few else EXACT_DIGITS,
         )  # fmt: skip
     _draw(row, answers[0], images, folder)
     return questions, details
@@ -226,7 +230,7 @@ def _classify(
 
 def _draw(row: Row, answer: Predictions, images: LabelledImages, folder: Path) -> None:
     """The confusion matrix of the first method's first repeat."""
-    from .pictures import draw_confusion  # matplotlib, not before it is needed
+    from xmag_hf.reporting.pictures import draw_confusion  # matplotlib, not before it is needed
 
     repeats = answer.probabilities
     probabilities = repeats[0] if repeats.ndim == 3 else repeats
@@ -331,7 +335,7 @@ def _regress(
     seeds = range(options.repeats)
     predictions = count_probe(x, counts, groups=groups, folds=options.folds, seeds=seeds)
     log_counts = np.log1p(counts)
-    report.write_count_predictions(
+    write_count_predictions(
         folder / "predictions" / report.predictions_name(row.label, method),
         ids, groups, log_counts, predictions, types,
     )  # fmt: skip

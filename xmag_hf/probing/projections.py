@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from xmag_hf._version import __version__
+from xmag_hf.atomic_write import atomic_file
 from xmag_hf.encoders import load_encoder
+from xmag_hf.reporting.pictures import draw_confusion
+from xmag_hf.reporting.predictions import read_class_predictions
 
 from .errors import ProbeError
 from .images import ImageSplit, open_images
@@ -19,10 +22,8 @@ from .options import ProbeOptions
 from .pictures import (
     Panel,
     PictureOptions,
-    draw_confusion,
     draw_embeddings,
     per_class_rows,
-    read_class_predictions,
     tsne,
 )
 from .probe import Advance, device, precision, row_features
@@ -98,7 +99,7 @@ def confusion_picture(predictions: Path, out: Path) -> Path:
         The PNG, named after the CSV.
 
     Raises:
-        ProbeError: See `read_class_predictions`.
+        ReportError: See `read_class_predictions`.
     """
     labels, probabilities, classes = read_class_predictions(predictions)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,12 +136,10 @@ def _about(options: ProbeOptions, picture: PictureOptions) -> dict[str, str]:
 
 
 def _write_positions(path: Path, ids: np.ndarray, labels: list[str], panels: list[Panel]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_file(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         axes = [f"{panel.title}: {axis}" for panel in panels for axis in "xy"]
         writer.writerow(["id", "label", *axes])
         positions = np.concatenate([panel.points for panel in panels], axis=1)
         for name, label, values in zip(ids, labels, positions, strict=True):
             writer.writerow([name, label, *(f"{value:.6g}" for value in values)])
-    temporary.replace(path)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xmag_hf._version import __version__
+from xmag_hf.reporting.records import bare, versions
 
 from .images import LabelledImages
 from .options import ProbeOptions
@@ -94,7 +92,7 @@ def record(result: ProbeResult) -> dict[str, Any]:
     ]
     return {
         "options": shown_options(result.options),
-        "versions": {"xmag_hf": __version__} | _versions(),
+        "versions": versions(PACKAGES),
         "data": result.data,
         "rows": rows,
         "comparisons": [
@@ -114,19 +112,3 @@ def shown_options(options: ProbeOptions) -> dict[str, Any]:
     for key in ("data", "labels_csv", "nuclei_csv", "teacher"):
         given[key] = None if given[key] is None else bare(given[key])
     return given | {"model": [bare(name) for name in options.model]}
-
-
-def bare(name: str) -> str:
-    """The last part of a local path; a Hub id or table name as it is."""
-    path = Path(name).expanduser()
-    return path.name if path.is_absolute() or path.exists() else name
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # datasets, on a machine that reads folders only
-            continue
-    return found

@@ -1,46 +1,21 @@
-"""A finished probe as tables: for a terminal of 80 columns, and as Markdown.
-
-Numbers are never cut: a table that does not fit is made wider than the terminal.
-"""
+"""A finished probe as tables, and what a reader must know beside them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from xmag_hf.reporting.tables import Sheet
 
 from .published import PUBLISHED, SOURCE
 from .scoring import AUC, Comparison, Score
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from .record import ProbeResult, RowResult
 
 METRICS = ("accuracy", "macro F1", "weighted F1", AUC)
-# Below this, labels would be folded into single letters.
-LEAST_WIDTH = 78
 COUNTED = ("counts", "cells")
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table before it is drawn.
-
-    Attributes:
-        title: Above it.
-        headings: Of the columns.
-        words: How many columns on the left are words, which may be folded; the rest are numbers.
-        lines: Cells.
-        caption: Below it, or empty.
-    """
-
-    title: str
-    headings: tuple[str, ...]
-    words: int
-    lines: list[list[str]]
-    caption: str = ""
 
 
 def sheets(result: ProbeResult) -> list[Sheet]:
@@ -48,41 +23,6 @@ def sheets(result: ProbeResult) -> list[Sheet]:
     found = [*_scores(result), *_comparisons(result)]
     paper = _paper(result)
     return found + ([paper] if paper else [])
-
-
-def drawn(sheet: Sheet) -> Table:
-    """A sheet for rich."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    caption = escape(sheet.caption) or None
-    table = Table(
-        title=escape(sheet.title), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for number, heading in enumerate(sheet.headings):
-        if number < sheet.words:
-            table.add_column(heading, overflow="fold")
-            continue
-        cells = [line[number] for line in sheet.lines]
-        widest = max(len(part) for cell in [heading, *cells] for part in cell.split("\n"))
-        table.add_column(heading, justify="right", no_wrap=True, min_width=widest)
-    for line in sheet.lines:
-        table.add_row(*map(escape, line))
-    return table
-
-
-def markdown(result: ProbeResult) -> str:
-    """The tables and remarks as Markdown."""
-    parts = []
-    for sheet in sheets(result):
-        bars = ["---"] * sheet.words + ["---:"] * (len(sheet.headings) - sheet.words)
-        lines = [sheet.headings, bars, *sheet.lines]
-        escaped = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines)
-        drawn_lines = [f"| {' | '.join(line)} |" for line in escaped]
-        parts += [f"## {sheet.title}", "\n".join(drawn_lines), sheet.caption]
-    parts.append("\n".join(f"- {line}" for line in all_remarks(result)))
-    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 # --- tables ----------------------------------------------------------------------------------
