@@ -381,7 +381,11 @@ def _how_to_log_in(card: EncoderCard) -> str:
 
 
 def _unreachable(card: EncoderCard, filename: str) -> str:
-    remedy = _how_to_log_in(card) if card.gated else "The teacher efficientnet-lite0 needs none."
+    remedy = (
+        _how_to_log_in(card)
+        if card.gated
+        else "efficientnet-lite0 needs none; it has no um/px of its own, so --mpp goes with it."
+    )
     return (
         f"{card.name}: {filename} of {card.repository} is not in the local cache, and the Hub "
         "cannot be reached (no network, or HF_HUB_OFFLINE is set). Fetch it where there is one: "

@@ -52,7 +52,7 @@ def test_a_failed_slide_gives_1_and_the_rest_is_done(tmp_path, slide, capsys):
     ("arguments", "said"),
     [
         ([], "No slides"),
-        (["absent/*.svs"], "no slide there"),
+        (["absent/*.svs"], "no such file or folder"),
         (["SLIDE", "--tissue", "7"], "tissue"),
         (["SLIDE", "--workers", "0"], "workers"),
         (["SLIDE", "--codec", "gif"], "codec"),

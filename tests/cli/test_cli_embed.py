@@ -94,7 +94,7 @@ def test_annotations_by_slide(tmp_path, slide, capsys):
         (["SLIDE"], "--model"),
         (["SLIDE", "--model", "random:tiny", "--overlap", "-3"], "overlap"),
         (["SLIDE", "--model", "random:tiny", "--tissue", "7"], "tissue"),
-        (["absent/*.svs", "--model", "random:tiny"], "no slide there"),
+        (["absent/*.svs", "--model", "random:tiny"], "no such file or folder"),
         (["SLIDE", "OTHER", "--model", "random:tiny"], "stands for"),
         (["DIR", "--model", "random:tiny", "--tissue-geojson", "a.geojson"], "one file for 2"),
     ],

@@ -26,7 +26,7 @@ def test_patterns(folder, monkeypatch):
     found = find_slides(["three.ndpi", "**/*.svs", "a/notes.txt", "b"])
     assert [str(p) for p in found] == ["three.ndpi", "b/one.svs", "a/notes.txt"]
     for nothing in ("*.scn", "absent.svs"):
-        with pytest.raises(CorpusError, match="no slide there"):
+        with pytest.raises(CorpusError, match="no such file or folder"):
             find_slides([nothing])
 
 

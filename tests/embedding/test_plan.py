@@ -116,6 +116,13 @@ def test_annotated_tissue_with_a_hole(half):
     assert made.tissue_method.startswith("geojson:")
     area = ((1000 - 496) * 1000 - 216 * 216) * 0.25 / 1e6
     assert made.tissue_mm2 == pytest.approx(area, rel=0.03)
+    drawn, covered = np.zeros((2, 1000, 1000), bool)
+    drawn[:, 496:] = True
+    drawn[192:408, 592:808] = False
+    for x, y in made.coords:
+        covered[y : y + 100, x : x + 100] = True
+    share = (drawn & covered).sum() / drawn.sum()
+    assert 0.9 < share < 1 and made.tissue_share() == pytest.approx(share, abs=0.02)
 
 
 def test_crossing_and_empty_polygons(half, caplog):

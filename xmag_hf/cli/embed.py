@@ -16,8 +16,11 @@ from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.embed import check_sources, embed_slides
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.embedding.records import RunSummary
+from xmag_hf.reporting.tables import wide_console
 
 EXAMPLE = "xmag embed slides/*.svs --model xmag_folder --out bags"
+
+LOW_SHARE = 0.8  # of the tissue in patches: below it, small slides lose much at their edges
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +58,12 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _print_summary(summary: RunSummary) -> None:
-    console = Console()
+    console = wide_console()
     patches = sum(record.patches for record in summary.records)
     table = Table(title=escape(f"{patches:,} patches in {summary.out_dir}"))
     table.add_column("slide", overflow="fold")
     table.add_column("status")
-    for name in ("patches", "lost", "um/px", "mm2", "read s", "enc. s"):
+    for name in ("patches", "lost", "um/px", "mm2", "seen", "read s", "enc. s"):
         table.add_column(name, justify="right")
     for record in summary.records:
         table.add_row(
@@ -70,6 +73,7 @@ def _print_summary(summary: RunSummary) -> None:
             f"{record.unreadable:,}",
             "" if record.mpp0 is None else f"{record.mpp0:.4g}",
             "" if record.tissue_mm2 is None else f"{record.tissue_mm2:.1f}",
+            "" if record.tissue_share is None else f"{record.tissue_share:.0%}",
             f"{record.seconds['read']:.1f}",
             f"{record.seconds['encode']:.1f}",
         )
@@ -78,5 +82,12 @@ def _print_summary(summary: RunSummary) -> None:
         reason = record.reason or record.first_unreadable
         if reason:
             console.print(f"{record.status}: {reason}", markup=False, soft_wrap=True)
+    thin = [r for r in summary.records if r.tissue_share is not None and r.tissue_share < LOW_SHARE]
+    if thin:
+        console.print(
+            f"{len(thin)} slides: less than {LOW_SHARE:.0%} of the tissue lies in patches (column "
+            "seen). --pad-edges keeps patches past the edge; a lower --tissue those with less.",
+            soft_wrap=True,
+        )
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts.items())
     console.print(f"{counts}; see {summary.out_dir / 'summary.csv'}", markup=False, soft_wrap=True)

@@ -91,7 +91,7 @@ def _default(field: dataclasses.Field) -> Any:
 def _shown(default: Any) -> str:
     if default is None or default == ():
         return "none"
-    return str(default)
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def _type_keywords(hint: Any, field: dataclasses.Field) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def find_slides(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
             hits = sorted(Path(hit) for hit in glob.glob(str(pattern), recursive=True))
         if not hits:
             raise CorpusError(
-                f"{pattern}: no slide there. Give files, globs, or folders with "
+                f"{pattern}: no such file or folder. Give files, globs, or folders with "
                 f"{' '.join(SLIDE_SUFFIXES)}."
             )
         found.update(dict.fromkeys(hits))

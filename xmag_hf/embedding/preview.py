@@ -68,7 +68,8 @@ def _caption(plan: SlidePlan, unreadable: int) -> str:
     geometry = plan.geometry
     text = (
         f"{plan.source.slide_id}: {len(plan.coords)} of {plan.grid_patches} patches, "
-        f"{geometry.patch_px} px at {geometry.mpp:g} um/px; tissue {plan.tissue_mm2:.1f} mm2"
+        f"{geometry.patch_px} px at {geometry.mpp:g} um/px; tissue {plan.tissue_mm2:.1f} mm2, "
+        f"{100 * plan.tissue_share():.0f}% of it in patches"
     )
     # Pillow's own font has no more than Latin-1.
     text = text.encode("latin-1", "replace").decode("latin-1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ class SlideRecord:
         first_unreadable: Its reason.
         padded: Patches in the bag that reach past the edge.
         grid_patches: With and without tissue.
+        tissue_share: Of the tissue's area, what lies in patches.
         seconds: By stage of `STAGES`; reading and resampling are summed over threads.
     """
 
@@ -51,6 +53,7 @@ class SlideRecord:
     padded: int = 0
     grid_patches: int | None = None
     tissue_mm2: float | None = None
+    tissue_share: float | None = None
     mpp0: float | None = None
     mpp_source: str = ""
     level: int | None = None
@@ -64,6 +67,8 @@ class SlideRecord:
     def take(self, plan: SlidePlan) -> None:
         """Note what planning found."""
         self.grid_patches, self.tissue_mm2 = plan.grid_patches, round(plan.tissue_mm2, 4)
+        share = plan.tissue_share()
+        self.tissue_share = None if math.isnan(share) else round(share, 4)
         self.mpp0, self.mpp_source, self.level = plan.mpp0, plan.mpp_source, plan.level
         self.seconds |= plan.seconds
 
@@ -116,10 +121,8 @@ def recall(records: Sequence[SlideRecord], out_dir: Path) -> None:
     for record in records:
         line = earlier.get(record.slide_id, {})
         if record.status == "present" and line.get("status") in ("ok", "present"):
-            record.grid_patches, record.tissue_mm2 = (
-                line.get("grid_patches"),
-                line.get("tissue_mm2"),
-            )
+            for name in ("grid_patches", "tissue_mm2", "tissue_share"):
+                setattr(record, name, line.get(name))
             record.first_unreadable = line.get("first_unreadable", "")
             seconds = line.get("seconds", {})
             record.seconds |= {stage: seconds[stage] for stage in STAGES if stage in seconds}

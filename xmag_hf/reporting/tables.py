@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 # Below this, labels would be folded into single letters.
@@ -38,19 +39,21 @@ class Sheet:
 
 
 def print_sheets(sheets: Iterable[Sheet], lines: Iterable[str]) -> None:
-    """Print tables, and lines below them, on standard output.
-
-    As wide as the terminal, but never so narrow that numbers are cut; wide for a file.
-    """
-    from rich.console import Console
-
-    console = Console()
-    least = LEAST_WIDTH if console.is_terminal or "COLUMNS" in os.environ else FILE_WIDTH
-    console = Console(width=max(console.width, least))
+    """Print tables, and lines below them, on standard output."""
+    console = wide_console()
     for sheet in sheets:
         console.print(drawn(sheet))
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def wide_console() -> Console:
+    """As wide as the terminal, but never so narrow that numbers are cut; wide for a file."""
+    from rich.console import Console
+
+    console = Console()
+    least = LEAST_WIDTH if console.is_terminal or "COLUMNS" in os.environ else FILE_WIDTH
+    return Console(width=max(console.width, least))
 
 
 def drawn(sheet: Sheet) -> Table:

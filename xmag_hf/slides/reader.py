@@ -506,9 +506,9 @@ def _resolve_mpp(
         return _plausible_mpp(slide_id, x, y, "TIFF resolution tags"), "tiff"
     raise SlideScaleError(
         f"{slide_id}: the file does not say its um/px (no openslide.mpp-x, no TIFF resolution; "
-        f"objective power {properties.get('openslide.objective-power', 'not given')} alone is no "
-        "scale). Give it with --mpp (corpus), --slide-mpp (embed, info), mpp=, or an mpp "
-        "column in the slide CSV."
+        f"objective power {properties.get('openslide.objective-power', '(not given)')} is no "
+        "scale). Give it in a column mpp of the slide CSV, as --slide-mpp (xmag corpus: --mpp), or "
+        "as mpp=."
     )
 
 
