@@ -11,10 +11,11 @@ from tiled_tiff import write_tiff
 
 from xmag_hf.embedding.annotation import AnnotationError
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
-from xmag_hf.embedding.plan import patch_geometry, plan_slide
+from xmag_hf.embedding.plan import Overview, patch_geometry, plan_slide
 from xmag_hf.embedding.preview import draw_preview
 from xmag_hf.embedding.sources import SlideSource
 from xmag_hf.encoders import ENCODERS
+from xmag_hf.slides import TissueMask
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,22 @@ def test_plan_keeps_tissue_and_leaves_glass(half):
     assert made.coords.dtype == np.int64
     picture = draw_preview(made)
     assert max(picture.size) <= 2100
+
+
+def test_only_what_the_overview_leaves_open_is_uncertain(half, monkeypatch):
+    """Beside a gap of the overview a patch whose decoded part is enough is as good as any."""
+    pixel = 10  # level-0 px of a pixel of the mask, of 100 x 100
+    mask, gaps = np.ones((2, 100, 100), bool)
+    gaps[:, :75] = False  # the last two and a half columns of patches are dark
+    found = TissueMask(mask & ~gaps, float(pixel), 5.0, 0.1, gaps)
+    picture = np.zeros((100, 100, 3), np.uint8)
+    monkeypatch.setattr(
+        "xmag_hf.embedding.plan._tissue",
+        lambda slide, source: (found, Overview(picture, found.mask, float(pixel))),
+    )
+    made = plan(half, tissue=0.4)
+    assert len(made.coords) == 100
+    assert {x for x, _ in made.coords[made.uncertain].tolist()} == {800, 900}
 
 
 def test_overlap_and_edges(half):
