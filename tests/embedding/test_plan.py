@@ -139,7 +139,7 @@ def test_annotated_tissue_with_a_hole(half):
     for x, y in made.coords:
         covered[y : y + 100, x : x + 100] = True
     share = (drawn & covered).sum() / drawn.sum()
-    assert 0.9 < share < 1 and made.tissue_share() == pytest.approx(share, abs=0.02)
+    assert 0.9 < share < 1 and made.tissue_share == pytest.approx(share, abs=0.02)
 
 
 def test_crossing_and_empty_polygons(half, caplog):

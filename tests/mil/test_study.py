@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
 
 from xmag_hf.cli.main import main
 from xmag_hf.embedding import Bag, BagInfo, read_bag, write_bag
@@ -653,3 +654,22 @@ def test_preset_options_that_contradict(tmp_path):
     )  # fmt: skip
     with pytest.raises(MILError, match="no cohort to test on"):
         run_study([tmp_path], asked, FAST)
+
+
+def test_a_class_too_rare_for_every_fold_costs_one_shuffle(monkeypatch):
+    """No shuffle can put two patients into three folds, so none is tried after the first."""
+    shuffles = []
+    real = StratifiedGroupKFold.split
+
+    def counted(self, *given):
+        shuffles.append(self.random_state)
+        return real(self, *given)
+
+    monkeypatch.setattr(StratifiedGroupKFold, "split", counted)
+    names = np.array([f"s{k:02d}" for k in range(20)])
+    labels = np.array([0] * 9 + [1] * 9 + [2] * 2)
+    cohort = Cohort("internal", names, names, labels, ("a", "b", "c"), (), ())
+    folds = make_folds(cohort, 3, seed=0)
+    assert len(shuffles) == 1
+    assert sorted(np.bincount(folds).tolist()) == [6, 7, 7]
+    assert [len(set(folds[labels == c])) for c in range(3)] == [3, 3, 2]

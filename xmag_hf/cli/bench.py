@@ -15,7 +15,7 @@ from rich.table import Table
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.cli.options import add_options, read_options
 from xmag_hf.cli.progress import slides_bar
-from xmag_hf.cli.slides import add_slide_arguments, named_sources
+from xmag_hf.cli.slides import add_model_argument, add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.bench import (
     BenchOptions,
@@ -32,12 +32,7 @@ EXAMPLE = "xmag bench slides/*.svs --model xmag_folder --json bench.json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add_slide_arguments(parser)
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
-        help="an XMAG folder, hf:ORG/NAME, or an encoder's name (phikon, uni2-h, ...)",
-    )
+    add_model_argument(parser)
     add_options(parser, BenchOptions)
     add_options(parser, EmbedOptions)
     parser.add_argument("--json", type=Path, metavar="F", help="write everything measured")

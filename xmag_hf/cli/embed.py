@@ -11,7 +11,7 @@ from rich.table import Table
 
 from xmag_hf.cli.options import add_options, read_options
 from xmag_hf.cli.progress import slides_bar
-from xmag_hf.cli.slides import add_slide_arguments, named_sources
+from xmag_hf.cli.slides import add_model_argument, add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.embed import check_sources, embed_slides
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
@@ -26,12 +26,7 @@ LOW_SHARE = 0.8  # of the tissue in patches: below it, small slides lose much at
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add_slide_arguments(parser)
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
-        help="an XMAG folder, hf:ORG/NAME, or an encoder's name (phikon, uni2-h, ...)",
-    )
+    add_model_argument(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets the bags")
     add_options(parser, EmbedOptions)
     parser.add_argument(

@@ -22,6 +22,16 @@ def add_slide_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slides-dir", type=Path, metavar="DIR", help="where the CSV's slides are")
 
 
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """--model: the encoder of the slides' patches."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="an XMAG folder, hf:ORG/NAME, or an encoder's name (phikon, uni2-h, ...)",
+    )
+
+
 def named_sources(args: argparse.Namespace, geojson: Path | None = None) -> list[SlideSource]:
     """The slides that the arguments name.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,18 +131,19 @@ class SlidePlan:
         """Side of a patch, level-0 px."""
         return self.geometry.patch_px * self.geometry.mpp / self.mpp0
 
+    @cached_property
     def tissue_share(self) -> float:
         """Share of the tissue that lies in patches; NaN without tissue.
 
         The rest lies at edges, where no whole patch fits, or where there is too little of it.
         """
         mask, pixel = self.overview.mask, self.overview.pixel_level0
-        inside = np.zeros_like(mask)
+        outside = mask.copy()
         begin = np.rint(self.coords / pixel).astype(int)
         end = np.rint((self.coords + self.width_level0) / pixel).astype(int)
         for (left, top), (right, bottom) in zip(begin, end, strict=True):
-            inside[max(0, top) : bottom, max(0, left) : right] = True
-        return float((mask & inside).sum() / mask.sum()) if mask.any() else float("nan")
+            outside[max(0, top) : bottom, max(0, left) : right] = False
+        return float(1 - outside.sum() / mask.sum()) if mask.any() else float("nan")
 
     def window(self, row: int) -> tuple[AxisWindow, AxisWindow]:
         """Columns and rows of the level's pixels around a patch."""

@@ -69,7 +69,7 @@ def _caption(plan: SlidePlan, unreadable: int) -> str:
     text = (
         f"{plan.source.slide_id}: {len(plan.coords)} of {plan.grid_patches} patches, "
         f"{geometry.patch_px} px at {geometry.mpp:g} um/px; tissue {plan.tissue_mm2:.1f} mm2, "
-        f"{100 * plan.tissue_share():.0f}% of it in patches"
+        f"{100 * plan.tissue_share:.0f}% of it in patches"
     )
     # Pillow's own font has no more than Latin-1.
     text = text.encode("latin-1", "replace").decode("latin-1")

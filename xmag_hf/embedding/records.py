@@ -67,7 +67,7 @@ class SlideRecord:
     def take(self, plan: SlidePlan) -> None:
         """Note what planning found."""
         self.grid_patches, self.tissue_mm2 = plan.grid_patches, round(plan.tissue_mm2, 4)
-        share = plan.tissue_share()
+        share = plan.tissue_share
         self.tissue_share = None if math.isnan(share) else round(share, 4)
         self.mpp0, self.mpp_source, self.level = plan.mpp0, plan.mpp_source, plan.level
         self.seconds |= plan.seconds

@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from xmag_hf.atomic_write import sync
+
 CONFIG = "config.json"
 CARD = "README.md"
 # What makes up a model's weights, in whatever form transformers wrote them.
@@ -89,8 +91,8 @@ def save_folder(
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(mode)  # safetensors writes 0600, which shuts colleagues out
-            _fsync(path)
-        _fsync(partial)
+            sync(path)
+        sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -222,31 +224,22 @@ def _check_complete(folder: Path) -> None:
         )
 
 
-def _fsync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _move_into_place(partial: Path, out_dir: Path) -> None:
     """Rename `partial` to `out_dir`, or its files into it; see the module's text."""
     if not out_dir.exists() or not any(out_dir.iterdir()):
         os.replace(partial, out_dir)
-        _fsync(out_dir.parent)
+        sync(out_dir.parent)
         return
     names = sorted(path.name for path in partial.iterdir())
     (out_dir / CONFIG).unlink(missing_ok=True)
-    _fsync(out_dir)
+    sync(out_dir)
     for path in out_dir.iterdir():
         if path.is_file() and _is_weights(path.name) and path.name not in names:
             path.unlink()
     for name in names:
         if name != CONFIG:
             os.replace(partial / name, out_dir / name)
-    _fsync(out_dir)
+    sync(out_dir)
     os.replace(partial / CONFIG, out_dir / CONFIG)
-    _fsync(out_dir)
+    sync(out_dir)
     partial.rmdir()

@@ -325,12 +325,19 @@ def _step(run: _Run, slides: Iterator[tuple[TrainingSlide, Tensor]]) -> dict[str
 
 def _forward(run: _Run, model: nn.Module, slide: TrainingSlide, rows: Tensor) -> Any:
     device = run.accelerator.device
+    inner = run.accelerator.unwrap_model(run.model)
     label = torch.tensor([slide.label], device=device)
-    if run.cache.pixels:
-        inner = run.accelerator.unwrap_model(run.model)
-        return model(pixel_values=normalised(rows, inner, device)[None], labels=label)
+    return model(**_inputs(run.cache, inner, rows, device), labels=label)
+
+
+def _inputs(
+    cache: FrozenCache, model: XMAGForSlideClassification, rows: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """A slide's rows as the model takes them, a batch of one."""
+    if cache.pixels:
+        return {"pixel_values": normalised(rows, model, device)[None]}
     # Half precision is how it is kept, not how it is computed.
-    return model(frozen_states=rows.to(device).float()[None], labels=label)
+    return {"frozen_states": rows.to(device).float()[None]}
 
 
 def _end_epoch(run: _Run, seconds: float) -> None:
@@ -377,10 +384,7 @@ def predict_slides(
     for index in range(rank, len(slides), world):
         rows = cache.rows(slides[index].slide_id)
         with accelerator.autocast():
-            if cache.pixels:
-                logits = inner(pixel_values=normalised(rows, inner, device)[None]).logits
-            else:
-                logits = inner(frozen_states=rows.to(device).float()[None]).logits
+            logits = inner(**_inputs(cache, inner, rows, device)).logits
         found.append((index, logits[0].double().softmax(-1).tolist()))
     if world > 1:
         found = gather_object(found)

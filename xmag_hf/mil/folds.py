@@ -48,7 +48,7 @@ def make_folds(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
         return all(len(set(labels[folds == k])) == len(cohort.classes) for k in range(n_folds))
 
     remedy = "Lower --folds, or merge classes."
-    made = _first_good(labels, patients, n_folds, seed, _assigned, usable, remedy)
+    made = _first_good(labels, patients, n_folds, seed, _assigned, usable, n_folds, remedy)
     check_folds(cohort, made)
     return made
 
@@ -88,6 +88,7 @@ def validation_rows(cohort: Cohort, training: np.ndarray, share: float, seed: in
         labels, patients, parts, seed,
         lambda splits: assigned(*splits[0]),
         lambda part: sides(part) == (whole, whole),
+        2,
         "Raise --validation-share, or merge classes.",
     )  # fmt: skip
     if sides(part)[1] < whole or not part.any():
@@ -200,9 +201,14 @@ def _first_good(
     seed: int,
     assigned: Callable[[Splits], np.ndarray],
     good: Callable[[np.ndarray], bool],
+    needed: int,
     remedy: str,
 ) -> np.ndarray:
-    """The first shuffle whose assignment is good, or else the first of all."""
+    """The first shuffle whose assignment is good, or else the first of all.
+
+    No assignment is good unless each class has `needed` patients; then one shuffle will do.
+    """
+    fewest = min(len(set(patients[labels == label])) for label in set(labels))
     tried = []
     for shuffle in range(_SHUFFLES):
         state = np.random.RandomState([seed, shuffle])
@@ -218,7 +224,7 @@ def _first_good(
                 f"{len(labels)} slides, of no class more than {most}, cannot be split into {parts} "
                 f"parts. {remedy}"
             ) from error
-        if good(tried[-1]):
+        if fewest < needed or good(tried[-1]):
             return tried[-1]
     return tried[0]
 

@@ -25,6 +25,7 @@ from .errors import MILError
 from .slide_models import own_encoder
 
 HUB_PREFIX = "hf:"
+HEAD_IDENTITY = (*IDENTITY, "embed_dim")  # what a head compares with a bag
 HEAD_TYPES = ("xmag_abmil", "xmag_mean_pool", "xmag_slide")
 
 
@@ -98,7 +99,7 @@ def check_bag(config: Any, bag: Bag) -> None:
             both values; an empty bag; or features that are not finite.
     """
     theirs = bag.identity | {"embed_dim": bag.features.shape[1]}
-    ours = {name: getattr(config, name) for name in (*IDENTITY, "embed_dim")}
+    ours = {name: getattr(config, name) for name in HEAD_IDENTITY}
     told = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
     if told:
         raise MILError(

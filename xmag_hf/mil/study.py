@@ -37,7 +37,7 @@ from .errors import MILError
 from .folds import make_folds, read_folds, validation_rows, write_folds
 from .labels import Advance, Cohort, class_names, differences, join, read_labels
 from .options import INTERNAL, HeadOptions, StudyOptions
-from .predict import load_head
+from .predict import HEAD_IDENTITY, load_head
 from .preset_labels import with_preset
 from .report import PACKAGES, RESULTS, Tested, score_study, write_report
 from .train import Head, Training, predict_head, train_head
@@ -541,10 +541,7 @@ def _card(
     model: Head, cohorts: Sequence[Cohort], origin: str, results: str, options: dict[str, Any]
 ) -> str:
     config: Any = model.config
-    identity = {
-        name: getattr(config, name)
-        for name in ("encoder", "encoder_revision", "pooling", "mpp", "patch_px", "embed_dim")
-    }
+    identity = {name: getattr(config, name) for name in HEAD_IDENTITY}
     known = ENCODERS.get(str(config.encoder))
     counts = {
         cohort.name: dict(

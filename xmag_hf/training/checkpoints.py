@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xmag_hf.atomic_write import sync, write_atomically
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -72,10 +74,10 @@ def save_checkpoint(
         (temporary / RUN_FILE).write_text(json.dumps(record | {"step": step}, indent=2))
         for path in temporary.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
-        _sync(folder)
+        sync(folder)
         for number, old in _steps(output_dir):
             if number < step:
                 shutil.rmtree(old)
@@ -109,9 +111,7 @@ class Metrics:
         lines = path.read_text().splitlines() if path.exists() and resume_step else []
         kept = [line for line in lines if _step_of(line) <= resume_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(line + "\n" for line in kept))
         self.path = path
 
     def write(self, values: dict[str, Any]) -> None:
@@ -161,11 +161,3 @@ def _steps(output_dir: str | Path) -> list[tuple[int, Path]]:
         if path.name.removeprefix("step-").isdigit() and (path / RUN_FILE).exists()
     ]
     return sorted(found)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
