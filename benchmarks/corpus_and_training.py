@@ -29,10 +29,12 @@ from xmag_hf.data_builders import CorpusOptions, SlideRow
 from xmag_hf.data_builders.build import build_corpus
 from xmag_hf.distillation.options import DistillOptions
 from xmag_hf.distillation.trainer import distill
+from xmag_hf.host_memory import keep_freed_memory
 
 
 def main() -> int:
     """Build a corpus, train on it twice, print one table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("slide")
     parser.add_argument("--teacher", default="efficientnet-lite0")

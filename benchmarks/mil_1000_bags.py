@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from xmag_hf.embedding import Bag, BagInfo, write_bag
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.mil import HeadOptions, StudyOptions, run_study
 from xmag_hf.mil.bags import LabelledBags
 from xmag_hf.mil.folds import make_folds, validation_rows
@@ -93,6 +94,7 @@ def part(folder: Path, head: HeadOptions, folds_run: int, epochs: int) -> None:
 
 def main() -> None:
     """Generate, train, tell."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     for name, default in (
         ("slides", 1000), ("patches", 554), ("columns", 768), ("epochs", 20), ("folds-run", 5),

@@ -49,6 +49,7 @@ from xmag_hf.distillation.teacher_cache import (
     teacher_identity,
 )
 from xmag_hf.encoders import Encoder, load_encoder
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.modeling.convert import build_student, image_processor_for
 
 
@@ -91,6 +92,7 @@ ROWS = (
 
 def main() -> int:
     """Let the rows take turns, print one table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -46,6 +46,7 @@ from xmag_hf.evaluation import (
     mcnemar_test,
     roc_auc,
 )
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.modeling import (
     XMAGABMILConfig,
     XMAGForSlideClassification,
@@ -106,6 +107,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Run what is missing, then write the results of what is there."""
+    keep_freed_memory()
     args = parse()
     torch.use_deterministic_algorithms(True)
     encoder = load_encoder(args.encoder)

@@ -31,6 +31,7 @@ from xmag_hf.evaluation import (
     roc_auc,
     spearman,
 )
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.probing.counts import count_probe, nuclei_counts
 from xmag_hf.probing.dense import cell_boxes, embed_cells
 from xmag_hf.probing.features import embed_images
@@ -93,6 +94,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Train what is missing, score every row, write the results."""
+    keep_freed_memory()
     args = parse()
     folders = {
         (row, seed): args.out / "students" / f"{row.replace(' ', '-')}-seed{seed}"

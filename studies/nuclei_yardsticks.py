@@ -24,6 +24,7 @@ from scipy.spatial import cKDTree
 
 from xmag_hf.encoders import load_encoder
 from xmag_hf.evaluation import bootstrap_test, holm, mean_over_repeats, spearman
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.probing.counts import count_probe
 from xmag_hf.probing.dense import cell_boxes, embed_cells
 
@@ -43,6 +44,7 @@ ROWS = {
 
 def main() -> None:
     """Measure nuclei, predict the measures from each row's features, compare the teacher's two."""
+    keep_freed_memory()
     args = magnification.parse()
     ids, truth = measured_cells(args)
     predictions = {name: predicted(args, name, ids, truth) for name in ROWS}

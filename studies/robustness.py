@@ -39,6 +39,7 @@ from xmag_hf.distillation.augmentation import draw_stain, stain_jitter, sub_patc
 from xmag_hf.distillation.teacher_encoding import encode_sub_patches
 from xmag_hf.encoders import Encoder, load_encoder
 from xmag_hf.evaluation import roc_auc, spearman
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.probing.counts import ALPHAS
 from xmag_hf.probing.features import embed_images
 from xmag_hf.probing.images import LabelledImages, open_images
@@ -81,6 +82,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Measure what is missing, write results, table and picture."""
+    keep_freed_memory()
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     refuse_other_options(args)

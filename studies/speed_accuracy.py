@@ -25,6 +25,7 @@ import torch
 
 from xmag_hf.distillation.teacher import best_device
 from xmag_hf.encoders import Encoder, load_encoder
+from xmag_hf.host_memory import keep_freed_memory
 
 # arXiv 2509.23097, Fig. 3: mean patches a slide; and the speed it states, hardware not said.
 PATCHES_5X, PATCHES_20X = 554, 6_260
@@ -44,6 +45,7 @@ LABELS = {"start at 5x": "undistilled start at 5x"}
 
 def main() -> None:
     """Measure, join, draw."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

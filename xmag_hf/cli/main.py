@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from xmag_hf._version import __version__
 from xmag_hf.cli.options import hyphenated
+from xmag_hf.host_memory import keep_freed_memory
 
 # verb -> (module, one line for `xmag --help`). A module offers EXAMPLE, add_arguments and run.
 VERBS = {
@@ -59,6 +60,7 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed.
     """
+    keep_freed_memory()
     module = importlib.import_module(VERBS[verb][0])
     prog = prog or f"xmag {verb}"
     parser = argparse.ArgumentParser(

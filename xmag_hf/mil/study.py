@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from xmag_hf._version import __version__
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.encoders import ENCODERS
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.hub import HeadCardFacts, render_head_card, save_folder
 from xmag_hf.reporting.records import bare, plain, versions
 
@@ -436,6 +437,7 @@ def _train_all(
 
 
 def _start_worker(epochs: Any, threads: int) -> None:
+    keep_freed_memory()
     disable_progress_bar()
     torch.set_num_threads(threads)
     _WORKER["epochs"] = epochs

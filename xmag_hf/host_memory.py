@@ -1,0 +1,39 @@
+"""Memory that this process has freed and keeps for its next tensor.
+
+glibc hands every freed block above 32 MiB back to the kernel, which fills its pages with zeros when
+the next one is asked for. A network on a CPU asks for hundreds of such blocks a batch: XMAG-lite
+spent more time in the kernel than in its convolutions (docs/benchmarks.md).
+
+Below all folders of the package; imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+# <malloc.h> of glibc.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_LARGEST_INT = 2**31 - 1
+_TOP_PAD = 2**28  # the heap grows by at least this, so seldom
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc reuse large freed blocks, for this whole process and what it forks.
+
+    Called by every command of `xmag`; a program of one's own calls it once, early. The process
+    holds what it once needed until it ends, so its resident memory stays near its peak.
+
+    Returns:
+        Whether it was set: not where libc is not glibc, nor where the environment already says
+        how malloc shall behave (MALLOC_MMAP_MAX_ and its like, GLIBC_TUNABLES).
+    """
+    chosen = any(name.startswith("MALLOC_") for name in os.environ)
+    if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST_INT), (_M_TOP_PAD, _TOP_PAD))
+    return all([mallopt(name, value) == 1 for name, value in settings])
