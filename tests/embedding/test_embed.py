@@ -271,7 +271,7 @@ def test_a_lock_of_a_dead_process_and_its_leavings_are_cleared(tmp_path, slide, 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(tmp_path, slide, encoder, monkeypatch):
     """The second bag does not fit; the first stays, and the same call goes on."""
-    import xmag_hf.embedding.embed as module
+    import xmag_hf.embedding.run as module
 
     small = write_tiff(tmp_path / "a.tif", [np.asarray(Image.open(slide))[300:700]], mpp=0.5)
     sources = [SlideSource(small), SlideSource(slide)]

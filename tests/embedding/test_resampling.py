@@ -10,7 +10,7 @@ import torch
 from lanczos_reference import lanczos3
 from tiled_tiff import write_tiff
 
-from xmag_hf.embedding.resampling import Resampler, lanczos_weights
+from xmag_hf.embedding.resampling import Resampler, concatenated, lanczos_weights
 from xmag_hf.slides import Slide, open_slide
 from xmag_hf.slides.windows import AxisWindow, axis_window, fill_from_slide, window_shape
 
@@ -93,3 +93,50 @@ def test_on_a_gpu(harsh):
     assert isinstance(patches, torch.Tensor) and patches.is_cuda
     windows[...] = 0  # it may be overwritten now
     assert np.abs(patches.cpu().numpy().astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("room", [3, 1, 0])
+def test_when_the_devices_memory_runs_out_no_patch_is_lost(harsh, monkeypatch, room):
+    """`room` windows fit at once; what does not fit even alone is done by the CPU."""
+    n, step = 32, 1.981
+    resampler = Resampler(torch.device("cpu"), n)
+    with open_slide(harsh) as slide:
+        side, _ = window_shape(step, n)
+        windows = np.zeros((5, side, side, 3), np.uint8)
+        places = []
+        for window, xy in zip(windows, PLACES, strict=True):
+            level, across, down = placed(slide, xy, n, 0.5 * step, step)
+            fill_from_slide(window, slide, level, across, down)
+            places.append((across, down))
+        expected = [slide.read_region(xy, n, 0.5 * step, allow_coarse=True) for xy in PLACES]
+    sizes = []
+
+    def at_once(some, where, stream):
+        if len(some) > room:
+            raise torch.OutOfMemoryError("pretended")
+        sizes.append(len(some))
+        return resampler.products(torch.from_numpy(some), where)
+
+    monkeypatch.setattr(resampler, "_at_once", at_once)
+    patches = resampler._on_device(windows, places, None)
+    assert np.abs(np.asarray(patches).astype(int) - expected).max() <= 1
+    assert sum(sizes) == (5 if room else 0)
+    assert isinstance(patches, torch.Tensor) == bool(room)
+
+
+def test_another_error_of_the_device_is_not_taken_for_lack_of_memory(monkeypatch):
+    resampler = Resampler(torch.device("cpu"), 32)
+
+    def at_once(some, where, stream):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(resampler, "_at_once", at_once)
+    with pytest.raises(RuntimeError, match="device-side"):
+        resampler._on_device(np.zeros((2, 8, 8, 3), np.uint8), [], None)
+
+
+def test_patches_on_the_device_and_off_it_are_joined_in_order():
+    parts = [np.full((2, 4, 4, 3), 1, np.uint8), torch.full((1, 4, 4, 3), 2, dtype=torch.uint8)]
+    joined = concatenated(parts)
+    assert isinstance(joined, np.ndarray)
+    assert joined[:, 0, 0, 0].tolist() == [1, 1, 2]

@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from xmag_hf.encoders import ENCODERS, PRECISIONS, Encoder, build_architecture, load_encoder
 from xmag_hf.reporting.records import versions
 
-from .embed import Progress, embed_slides, loaded_encoder
+from .embed import embed_slides
 from .encode import PatchEncoder
 from .options import EmbedError, EmbedOptions
 from .records import PACKAGES, STAGES, RunSummary
+from .run import Progress, loaded_encoder
 from .sources import SlideSource
 
 SAMPLE = {"cuda": 1024, "cpu": 8}

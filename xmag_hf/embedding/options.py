@@ -76,8 +76,8 @@ class EmbedOptions:
     device: str = field(
         default="auto",
         metadata={
-            "help": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is. For several GPUs run "
-            "the same command once for each: slides are shared out"
+            "help": "cpu, cuda, cuda:1, ...; several with commas get a process each, to which "
+            "slides are shared out (cpu,cpu too); auto is every GPU there is, else the CPU"
         },
     )
     batch_size: int | None = field(

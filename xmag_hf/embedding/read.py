@@ -27,7 +27,7 @@ from xmag_hf.slides.tissue import MASK_MPP
 from xmag_hf.slides.windows import fill_from_slide
 
 from .plan import SlidePlan
-from .resampling import Resampler
+from .resampling import Resampler, concatenated
 from .sources import IMAGE_VENDOR, open_source
 
 RUN = 8  # neighbours in a row that one thread reads: they share tiles
@@ -144,7 +144,7 @@ class _Reading:
             kept += good
         if self._tiles is not None:
             self._tiles.release(run)
-        pixels = _concatenated(patches)
+        pixels = concatenated(patches)
         kept_rows, pixels = self._coloured(np.asarray(kept, dtype=np.int64), pixels)
         seconds = time.perf_counter() - started
         return PatchBatch(kept_rows, pixels, tuple(unreadable), seconds, resampling)
@@ -219,16 +219,11 @@ def _join(parts: list[PatchBatch]) -> PatchBatch:
         return parts[0]
     return PatchBatch(
         np.concatenate([part.rows for part in parts]),
-        _concatenated([part.pixels for part in parts]),
+        concatenated([part.pixels for part in parts]),
         tuple(entry for part in parts for entry in part.unreadable),
         sum(part.seconds for part in parts),
         sum(part.resample_seconds for part in parts),
     )
-
-
-def _concatenated(pixels: list[np.ndarray | Tensor]) -> np.ndarray | Tensor:
-    on_device = [part for part in pixels if isinstance(part, Tensor)]
-    return torch.cat(on_device) if on_device else np.concatenate(pixels)
 
 
 def _split(batch: PatchBatch, at: int) -> tuple[PatchBatch, PatchBatch]:

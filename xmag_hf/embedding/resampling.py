@@ -8,6 +8,7 @@ a hundredth of what the encoder does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from xmag_hf.slides.reader import LANCZOS_SUPPORT
 from xmag_hf.slides.windows import AxisWindow, resample_windows
+
+from .encode import memory_ran_out
 
 Place = tuple[AxisWindow, AxisWindow]  # columns and rows
 # Places between px whose weights are kept. Levels reduced by a whole number have a few; the others
@@ -59,15 +62,39 @@ class Resampler:
             places: Of each window.
 
         Returns:
-            (B, n_px, n_px, 3) uint8: an array on a CPU, else a tensor on the device.
+            (B, n_px, n_px, 3) uint8: an array on a CPU, else a tensor on the device, or an array
+            where the device's memory ran out.
         """
         if self._stream is None:
-            across, down = [x for x, _ in places], [y for _, y in places]
-            return resample_windows(windows, across, down, self.n_px)
-        with torch.cuda.stream(self._stream):
+            return self._on_cpu(windows, places)
+        return self._on_device(windows, places, self._stream)
+
+    def _on_cpu(self, windows: np.ndarray, places: Sequence[Place]) -> np.ndarray:
+        across, down = [x for x, _ in places], [y for _, y in places]
+        return resample_windows(windows, across, down, self.n_px)
+
+    def _on_device(
+        self, windows: np.ndarray, places: Sequence[Place], stream: Any
+    ) -> np.ndarray | Tensor:
+        """In halves, and at last on the CPU, while the encoder leaves no memory."""
+        try:
+            return self._at_once(windows, places, stream)
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(windows) < 2:
+            return self._on_cpu(windows, places)
+        half = len(windows) // 2
+        parts = (windows[:half], places[:half]), (windows[half:], places[half:])
+        return concatenated([self._on_device(*part, stream) for part in parts])
+
+    def _at_once(self, windows: np.ndarray, places: Sequence[Place], stream: Any) -> Tensor:
+        with torch.cuda.stream(stream):
             moved = torch.from_numpy(windows).to(self.device, non_blocking=True)
             patches = self.products(moved, places)
-        self._stream.synchronize()
+        stream.synchronize()
         # The encoder reads it on another stream: its memory is not to be used again before that.
         patches.record_stream(torch.cuda.default_stream(self.device))
         return patches
@@ -101,6 +128,18 @@ class Resampler:
             values = torch.from_numpy(lanczos_weights(axis, self.n_px))
             weight = self._weights[key] = values.to(self.device)
         return weight
+
+
+def concatenated(parts: Sequence[np.ndarray | Tensor]) -> np.ndarray | Tensor:
+    """Patches one behind the other: on the device if all lie there and it has room, else here."""
+    on_device = [part for part in parts if isinstance(part, Tensor)]
+    if on_device and len(on_device) == len(parts):
+        try:
+            return torch.cat(on_device)
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
+    return np.concatenate([p.cpu().numpy() if isinstance(p, Tensor) else p for p in parts])
 
 
 def lanczos_weights(axis: AxisWindow, n_px: int) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""Several devices share out the slides; two processes on the CPU stand for two GPUs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import pytest
+from tiled_tiff import write_tiff
+
+from xmag_hf.embedding import EmbedError, EmbedOptions, SlideSource, embed_slides, read_bag
+
+ENCODER = "random:lite"
+OPTIONS = EmbedOptions(threads=1, batch_size=4, preview=False, device="cpu", features="float32")
+TWO = EmbedOptions(threads=1, batch_size=4, preview=False, device="cpu,cpu", features="float32")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, tissue) -> list[SlideSource]:
+    folder = tmp_path_factory.mktemp("slides")
+    paths = [
+        write_tiff(folder / f"s{number}.tif", [tissue[top : top + 900, :900]], mpp=1.0)
+        for number, top in enumerate(range(0, 100, 25))
+    ]
+    broken = folder / "broken.tif"
+    broken.write_bytes(paths[0].read_bytes()[:5000])
+    return [SlideSource(path) for path in [paths[0], broken, *paths[1:]]]
+
+
+def test_slides_are_shared_out_and_each_is_done_once(tmp_path, sources):
+    states = []
+    together = embed_slides(sources, tmp_path / "two", ENCODER, TWO, progress=states.append)
+    alone = embed_slides(sources, tmp_path / "one", ENCODER, OPTIONS)
+    assert [r.slide_id for r in together.records] == [source.slide_id for source in sources]
+    assert [r.status for r in together.records] == ["ok", "failed", "ok", "ok", "ok"]
+    assert "broken" in together.records[1].reason
+    for record, expected in zip(together.records, alone.records, strict=True):
+        assert (record.patches, record.reason) == (expected.patches, expected.reason)
+        if record.bag:
+            a, b = read_bag(tmp_path / "two" / record.bag), read_bag(tmp_path / "one" / record.bag)
+            assert (a.coords == b.coords).all()
+            assert np.allclose(a.features, b.features, atol=1e-4)
+    assert (states[-1].slides, states[-1].slides_done) == (5, 5)
+    assert states[-1].patches == sum(record.patches for record in together.records)
+    said = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (said["device"], said["slides"]) == ("cpu,cpu", {"ok": 4, "failed": 1})
+    assert not list((tmp_path / "two" / ".locks").iterdir())
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_named_and_the_run_goes_on_later(tmp_path, sources):
+    killed = []
+
+    def kill_one(state):
+        if not killed and state.slides_done:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(EmbedError, match=r"died .* of 5 slides are not done") as error:
+        embed_slides(sources, tmp_path, ENCODER, TWO, progress=kill_one)
+    bags = {path.stem for path in tmp_path.glob("*.h5")}
+    assert not any(f" {name}" in str(error.value) for name in bags)
+    again = embed_slides(sources, tmp_path, ENCODER, OPTIONS)
+    assert again.counts.get("present", 0) == len(bags)
+    assert again.counts["failed"] == 1
+    assert sum(again.counts.values()) == 5
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, sources):
+    options = EmbedOptions(preview=False, device="cpu,nonesuch")
+    with pytest.raises(EmbedError, match="--device nonesuch"):
+        embed_slides(sources, tmp_path, ENCODER, options)
+
+
+def test_one_slide_takes_the_first_device(tmp_path, sources):
+    summary = embed_slides(sources[:1], tmp_path, ENCODER, TWO)
+    assert (summary.facts["device"], summary.counts) == ("cpu", {"ok": 1})

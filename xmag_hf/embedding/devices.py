@@ -1,0 +1,177 @@
+"""Several devices of one machine: a process on each, which take the next slide as they get free."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import queue
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xmag_hf.host_memory import keep_freed_memory
+
+from .options import EmbedError, EmbedOptions
+from .records import SlideRecord
+from .run import EmbedState, Progress, start_run
+from .sources import SlideSource
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class _News:
+    """What a process tells: where it stands, and slides that it is done with."""
+
+    process: int
+    state: EmbedState
+    records: tuple[SlideRecord, ...] = ()
+    facts: dict[str, Any] | None = None
+
+
+def run_on_devices(
+    sources: Sequence[SlideSource],
+    out_dir: Path,
+    encoder: str,
+    options: EmbedOptions,
+    devices: Sequence[str],
+    records: dict[str, SlideRecord],
+    facts: dict[str, Any],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Embed slides by one process a device.
+
+    Args:
+        sources: The slides.
+        out_dir: Gets the bags and previews, no summary.
+        encoder: A name for `load_encoder`; each process loads it.
+        options: Of the run.
+        devices: torch's names; one may stand there several times (processes on a CPU).
+        records: Gets one a slide, also when this raises.
+        facts: Gets what the summary says about the run.
+        progress: Called a few times a second.
+
+    Raises:
+        EmbedError: As `embed_slides`; or a process died, and which slides are not done.
+        EncoderError, OSError: As `embed_slides`; the other processes end after their slide.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked process has no usable GPU
+    taken = context.Value("q", 0)  # slides that somebody took
+    news: multiprocessing.Queue[_News] = context.Queue()
+    states: dict[int, EmbedState] = {}
+
+    def listen() -> None:
+        try:
+            while True:
+                _hear(news.get_nowait(), states, records, facts)
+        except queue.Empty:
+            pass
+        if progress is not None and states:
+            progress(_summed(len(sources), states))
+
+    pool = concurrent.futures.ProcessPoolExecutor(
+        len(devices), context, _start_process, (taken, news, _threads_each(devices))
+    )
+    with pool:
+        try:
+            pending = {
+                pool.submit(
+                    _work, number, list(sources), out_dir, encoder, replace(options, device=device)
+                )
+                for number, device in enumerate(devices)
+            }
+            while pending:
+                done, pending = concurrent.futures.wait(pending, POLL_SECONDS)
+                listen()
+                for future in done:
+                    _hear(future.result(), states, records, facts)
+        except BrokenProcessPool as error:
+            listen()
+            left = [source.slide_id for source in sources if source.slide_id not in records]
+            raise EmbedError(
+                f"A process on one of {', '.join(devices)} died (killed, or out of host memory); "
+                f"{len(left)} of {len(sources)} slides are not done: {', '.join(left[:5])}"
+                f"{', ...' if len(left) > 5 else ''}. Finished bags stay; run the command again."
+            ) from error
+        except BaseException:
+            taken.value = len(sources)  # the others end after the slides they have
+            pool.shutdown(cancel_futures=True)
+            listen()
+            raise
+    listen()
+    facts["device"] = ",".join(devices)
+
+
+def _hear(
+    told: _News,
+    states: dict[int, EmbedState],
+    records: dict[str, SlideRecord],
+    facts: dict[str, Any],
+) -> None:
+    states[told.process] = told.state
+    records.update({record.slide_id: record for record in told.records})
+    facts.update(told.facts or {})
+
+
+def _summed(slides: int, states: dict[int, EmbedState]) -> EmbedState:
+    return EmbedState(
+        slides,
+        sum(state.slides_done for state in states.values()),
+        sum(state.patches for state in states.values()),
+        sum(state.share for state in states.values()),
+    )
+
+
+def _threads_each(devices: Sequence[str]) -> int:
+    """Threads for the network of each process: processes on the CPU share its cores."""
+    on_cpu = sum(device.startswith("cpu") for device in devices)
+    return max(1, torch.get_num_threads() // max(1, on_cpu))
+
+
+# --- in the processes ---------------------------------------------------------------------------
+
+_shared: tuple[Any, Any] = (None, None)  # the counter of taken slides, and the queue of news
+
+
+def _start_process(taken: Any, news: Any, threads: int) -> None:
+    global _shared  # noqa: PLW0603 - what a pool's initializer is for
+    _shared = taken, news
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+
+
+def _work(
+    number: int, sources: list[SlideSource], out_dir: Path, encoder: str, options: EmbedOptions
+) -> _News:
+    """Take slides until there is none; returns all that became of them."""
+    taken, news = _shared
+    told = 0
+
+    def tell(state: EmbedState) -> None:
+        nonlocal told
+        fresh: tuple[SlideRecord, ...] = ()
+        if state.slides_done > told:
+            fresh = tuple(run.records.values())[told:]
+            told = state.slides_done
+        news.put(_News(number, replace(state), fresh))
+
+    run = start_run(out_dir, encoder, options, tell, slides=len(sources))
+    news.put(_News(number, run.state, (), run.facts()))
+    run.finish(_taken_in_turn(sources, taken))
+    return _News(number, run.state, tuple(run.records.values()), run.facts())
+
+
+def _taken_in_turn(sources: list[SlideSource], taken: Any) -> Iterator[SlideSource]:
+    """The next slide that no other process took, until there is none."""
+    while True:
+        with taken.get_lock():
+            number = taken.value
+            taken.value = number + 1
+        if number >= len(sources):
+            return
+        yield sources[number]
