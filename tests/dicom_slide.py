@@ -1,4 +1,4 @@
-"""A DICOM whole-slide image of one level, as scanners write it: JPEG tiles, TILED_FULL."""
+"""DICOM whole-slide images as scanners write them: a file a level, JPEG tiles, TILED_FULL."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from pydicom.uid import JPEGBaseline8Bit, VLWholeSlideMicroscopyImageStorage, ge
 TILE = 256
 
 
-def write_dicom(path: Path, pixels: np.ndarray, mpp: float | None) -> Path:
-    """Write (H, W, 3) uint8 as a DICOM slide; no pixel spacing if `mpp` is None."""
+def write_dicom(
+    path: Path,
+    pixels: np.ndarray,
+    mpp: float | None,
+    *,
+    series: str | None = None,
+    kind: tuple[str, str, str] = ("ORIGINAL", "VOLUME", "NONE"),
+) -> Path:
+    """Write (H, W, 3) uint8 as a DICOM file; no pixel spacing if `mpp` is None.
+
+    Files of one slide share `series` (a UID); None is a series of its own. `kind` is of the level:
+    its further ones are DERIVED, VOLUME, RESAMPLED, its label ORIGINAL, LABEL, NONE.
+    """
     height, width = pixels.shape[:2]
     slide = Dataset()
     slide.file_meta = FileMetaDataset()
@@ -24,10 +35,12 @@ def write_dicom(path: Path, pixels: np.ndarray, mpp: float | None) -> Path:
     slide.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
     slide.SOPClassUID = VLWholeSlideMicroscopyImageStorage
     slide.SOPInstanceUID = slide.file_meta.MediaStorageSOPInstanceUID
-    slide.StudyInstanceUID, slide.SeriesInstanceUID = generate_uid(), generate_uid()
-    slide.FrameOfReferenceUID = generate_uid()
+    series = series or generate_uid()
+    slide.SeriesInstanceUID = series
+    slide.StudyInstanceUID = generate_uid(entropy_srcs=[series, "study"])
+    slide.FrameOfReferenceUID = generate_uid(entropy_srcs=[series, "frame"])
     slide.Modality, slide.PatientID, slide.PatientName = "SM", "p", "p"
-    slide.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+    slide.ImageType = [kind[0], "PRIMARY", *kind[1:]]
     slide.DimensionOrganizationType = "TILED_FULL"
     slide.SamplesPerPixel, slide.PhotometricInterpretation = 3, "YBR_FULL_422"
     slide.PlanarConfiguration, slide.PixelRepresentation = 0, 0

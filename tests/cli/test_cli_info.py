@@ -49,7 +49,7 @@ def test_a_slide_that_cannot_be_read_gives_1(tmp_path, full, capsys):
     assert main(["info", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
     assert "failed: bad" in printed
-    assert "failed: no_mpp" in printed
+    assert "refused: no_mpp" in printed  # as `xmag embed` says it
     assert "full:" in printed
     assert main(["info", str(tmp_path / "no_mpp.tif"), "--slide-mpp", "0.5"]) == 0
     assert "um/px 0.5 (given)" in capsys.readouterr().out

@@ -29,6 +29,34 @@ def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "invalid choice: 'huge'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["nonsense"], "xmag: error: argument VERB: invalid choice: 'nonsense'"),
+        (["embed", "--out", "x"], "xmag embed: error: the following arguments are required"),
+        (["embed", "no.svs", "--model", "m", "--out", "x"], "xmag embed: error: no.svs: no such"),
+    ],
+)
+def test_a_usage_error_is_not_buried(argv, error, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    first, second = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert first.startswith(error)
+    assert second == f"see {error.partition(':')[0]} --help"
+
+
+def test_a_file_that_cannot_be_written_is_known_at_once(tmp_path, capsys) -> None:
+    """For a folder that is not there, and a folder in the file's place: before hours of work."""
+    for path, said in ((tmp_path / "no" / "p.csv", f"no folder {tmp_path / 'no'}"),
+                       (tmp_path, "is a folder")):  # fmt: skip
+        for command in (["info", "a.svs", "--csv"], ["predict", "a.svs", "--head", "h", "--out"]):
+            with pytest.raises(SystemExit) as stop:
+                main([*command, str(path)])
+            assert stop.value.code == 2
+            assert said in capsys.readouterr().err
+
+
 def test_failure_is_1_and_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = main(["distill", "--data", str(tmp_path), "--teacher", "no-such-teacher", "--quiet"])
     error = capsys.readouterr().err

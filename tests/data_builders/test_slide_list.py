@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from dicom_slide import write_dicom
+from pydicom.uid import generate_uid
 
 from xmag_hf.data_builders import CorpusError, SlideRow, find_slides, read_slides_csv
 from xmag_hf.data_builders.slide_list import with_csv_metadata
+from xmag_hf.slides import open_slide
 
 
 @pytest.fixture
@@ -20,11 +25,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_patterns(folder, monkeypatch):
-    names = [path.relative_to(folder).as_posix() for path in find_slides([folder])]
+    names = [slide.path.relative_to(folder).as_posix() for slide in find_slides([folder])]
     assert names == ["a/two.TIFF", "b/one.svs", "three.ndpi"]
     monkeypatch.chdir(folder)
     found = find_slides(["three.ndpi", "**/*.svs", "a/notes.txt", "b"])
-    assert [str(p) for p in found] == ["three.ndpi", "b/one.svs", "a/notes.txt"]
+    assert [str(slide.path) for slide in found] == ["three.ndpi", "b/one.svs", "a/notes.txt"]
     for nothing in ("*.scn", "absent.svs"):
         with pytest.raises(CorpusError, match="no such file or folder"):
             find_slides([nothing])
@@ -45,7 +50,7 @@ def test_csv_by_path_and_by_stem(folder):
     csv.write_text("slide_id,cancer_type\none,LUAD\n")
     (row,) = read_slides_csv(csv, folder)
     assert (row.path, row.cancer_type) == (folder / "b/one.svs", "LUAD")
-    rows = with_csv_metadata([folder / "three.ndpi", folder / "b/one.svs"], csv)
+    rows = with_csv_metadata([SlideRow(folder / "three.ndpi"), SlideRow(folder / "b/one.svs")], csv)
     assert [row.cancer_type for row in rows] == ["", "LUAD"]
 
 
@@ -74,4 +79,69 @@ def test_csv_mistakes_name_the_line(folder, text, said):
 def test_a_csv_for_other_slides_is_refused(tmp_path: Path) -> None:
     (tmp_path / "slides.csv").write_text("slide_id,cancer_type\nother,LUAD\n")
     with pytest.raises(CorpusError, match="no line is for any of the 1 slides"):
-        with_csv_metadata([tmp_path / "mine.svs"], tmp_path / "slides.csv")
+        with_csv_metadata([SlideRow(tmp_path / "mine.svs")], tmp_path / "slides.csv")
+
+
+@pytest.fixture(scope="module")
+def dicoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A slide of three files in `case`; in `flat` two slides of two, one of one, and a TIFF."""
+    root = tmp_path_factory.mktemp("dicoms")
+    rng = np.random.default_rng(0)
+    full = rng.integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    derived = ("DERIVED", "VOLUME", "RESAMPLED")
+    for folder, prefix in (("case", ""), ("flat", "a-"), ("flat", "b-")):
+        (root / folder).mkdir(exist_ok=True)
+        uid, start = generate_uid(), root / folder / prefix
+        # The full level is not the first by name.
+        write_dicom(Path(f"{start}2.dcm") if prefix else start / "2.dcm", full, 0.5, series=uid)
+        small = Path(f"{start}1.dcm") if prefix else start / "1.dcm"
+        write_dicom(small, full[::2, ::2], 1.0, series=uid, kind=derived)
+        if not prefix:
+            label = ("ORIGINAL", "LABEL", "NONE")
+            write_dicom(start / "0.dcm", full[:90, :90], None, series=uid, kind=label)
+    write_dicom(root / "flat" / "lone.dcm", full, 0.5)
+    (root / "flat" / "broken.dcm").write_bytes(b"no DICOM")
+    (root / "flat" / "other.tif").touch()
+    return root
+
+
+@pytest.mark.parametrize("reader", ["pydicom", "openslide"])
+def test_a_dicom_series_is_one_slide(dicoms, monkeypatch, reader):
+    """Whatever is named of it: its folder, some of its files, or one that is not level 0."""
+    if reader == "openslide":
+        monkeypatch.setitem(sys.modules, "pydicom.filereader", None)
+    case = SlideRow(dicoms / "case" / "2.dcm", "case")
+    assert find_slides([dicoms / "case"]) == [case]
+    assert find_slides([dicoms / "case" / "1.dcm"]) == [case]
+    assert find_slides([str(dicoms / "case" / "[01].dcm"), dicoms / "case"]) == [case]
+    with open_slide(case.path) as slide:  # OpenSlide finds the other files
+        assert slide.level_mpps == (0.5, 1.0)
+    monkeypatch.chdir(dicoms / "case")
+    assert find_slides(["."]) == [SlideRow(Path("2.dcm"), "case")]
+    flat = [(slide.path.name, slide.slide_id) for slide in find_slides([dicoms / "flat"])]
+    named = {"a-2.dcm", "b-2.dcm", "broken.dcm", "lone.dcm", "other.tif"}
+    assert {name for name, _ in flat} == named and len(flat) == len(named)
+    assert all(Path(name).stem == slide_id for name, slide_id in flat)
+
+
+def test_a_csv_names_a_dicom_series(dicoms, tmp_path):
+    """By folder or by file, and its own slide_id goes before both."""
+    csv = tmp_path / "slides.csv"
+    csv.write_text("slide_id,cancer_type\ncase,BRCA\na-2,LUAD\n")
+    by_name = {row.slide_id: row for row in read_slides_csv(csv, dicoms)}
+    assert by_name["case"].path == dicoms / "case" / "2.dcm"
+    assert by_name["a-2"].path == dicoms / "flat" / "a-2.dcm"
+    rows = {row.slide_id: row for row in with_csv_metadata(find_slides([dicoms]), csv)}
+    assert (rows["case"].cancer_type, rows["a-2"].cancer_type) == ("BRCA", "LUAD")
+    csv.write_text(f"slide,slide_id\n{dicoms}/case/1.dcm,\n{dicoms}/flat/a-1.dcm,mine\n")
+    assert [(row.path.name, row.slide_id) for row in read_slides_csv(csv)] == [
+        ("2.dcm", "case"),
+        ("a-2.dcm", "mine"),
+    ]
+    csv.write_text(f"slide\n{dicoms}/none/1.dcm\n")  # told when it is opened
+    assert read_slides_csv(csv)[0].slide_id == "1"
+
+
+def test_folders_without_dicom_are_not_looked_into(folder, monkeypatch):
+    monkeypatch.setattr("xmag_hf.data_builders.slide_list.series_uid", pytest.fail)
+    assert len(find_slides([folder])) == 3

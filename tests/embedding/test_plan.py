@@ -12,7 +12,14 @@ from tiled_tiff import write_tiff
 from xmag_hf.embedding.annotation import AnnotationError
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.embedding.plan import Overview, patch_geometry, plan_slide
-from xmag_hf.embedding.preview import draw_preview
+from xmag_hf.embedding.preview import (
+    GRID,
+    LINE_PX,
+    OUTLINE,
+    PADDED,
+    UNREADABLE,
+    draw_preview,
+)
 from xmag_hf.embedding.sources import SlideSource
 from xmag_hf.encoders import ENCODERS
 from xmag_hf.slides import TissueMask
@@ -77,6 +84,26 @@ def test_plan_keeps_tissue_and_leaves_glass(half):
     assert made.coords.dtype == np.int64
     picture = draw_preview(made)
     assert max(picture.size) <= 2100
+
+
+def test_a_preview_says_how_long_and_what(half):
+    """500 um wide: a bar of 100 um; a legend of the colours that were drawn, and of no others."""
+    made = plan(half, pad_edges=True, patch_px=150)
+    assert made.padded.any()
+    picture = np.asarray(draw_preview(made)).astype(int)
+    drawn, legend = picture[: -2 * LINE_PX], picture[-2 * LINE_PX : -LINE_PX]
+    assert drawn.shape[1] == drawn.shape[0]
+    dark = (drawn[-60:, :300].sum(axis=2) == 0).sum(axis=1)
+    assert dark.max() == pytest.approx(drawn.shape[1] * 100 / 500, abs=2)
+
+    def named(sheet, colour):
+        return (sheet == colour).all(axis=2).any()
+
+    assert all(named(legend, colour) for colour in (OUTLINE, GRID, PADDED))
+    assert not named(legend, UNREADABLE)
+    lost = np.asarray(draw_preview(made, unreadable=range(len(made.coords))))
+    legend = lost[-2 * LINE_PX : -LINE_PX]
+    assert named(legend, UNREADABLE) and not named(legend, GRID)
 
 
 def test_only_what_the_overview_leaves_open_is_uncertain(half, monkeypatch):

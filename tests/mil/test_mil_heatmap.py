@@ -28,12 +28,11 @@ from xmag_hf.mil.heatmap_pictures import (
     OPACITY,
     colour_scale,
     draw_overlay,
-    length_text,
     pixel_means,
-    scale_bar_um,
 )
 from xmag_hf.mil.qupath import qupath_geojson
 from xmag_hf.modeling import XMAGABMILConfig, XMAGABMILModel
+from xmag_hf.reporting.scale_bar import length_text, scale_bar_um
 from xmag_hf.slides import open_slide
 
 MPP0 = 0.499  # of the CMU slide
@@ -213,9 +212,7 @@ def test_what_cannot_be_drawn_is_refused(bag: Bag, cmu_slide: Path) -> None:
                 draw_heatmap(slide, given, prediction, HeatmapOptions())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("top", -1), ("scale", "log"), ("overlap", -1), ("longest_px", 10)]
-)
+@pytest.mark.parametrize(("option", "value"), [("top", -1), ("scale", "log"), ("longest_px", 10)])
 def test_options_out_of_range_are_named(option: str, value) -> None:
     with pytest.raises(MILError, match=f"{option}={value!r}"):
         HeatmapOptions(**{option: value})
@@ -285,6 +282,21 @@ def test_command_embeds_what_has_no_bag(embedded: Path, capsys) -> None:
     made, kept = (read_bag(embedded / n / "tissue.h5") for n in ("maps/bags", "bags"))
     assert (made.coords == kept.coords).all()
     assert not (embedded / "maps" / "glass.png").exists()
+
+
+def test_command_embeds_a_plain_image_as_told(embedded: Path, cmu_pixels, capsys) -> None:
+    """What `xmag embed` needs to know of a slide, a slide without a bag can be given here."""
+    image = embedded / "image.png"
+    Image.fromarray(cmu_pixels[200:1700, 300:1800]).save(image)
+    command = ["heatmap", str(image), "--head", str(embedded / "head"), "--model", "random:tiny"]
+    command += ["--out", str(embedded / "maps"), "--quiet"]
+    assert main(command) == 1
+    assert "--slide-mpp" in capsys.readouterr().out
+    assert main([*command, "--slide-mpp", "0.5", "--device", "cuda:77"]) == 1
+    assert "--device cuda:77" in capsys.readouterr().err
+    assert main([*command, "--slide-mpp", "0.5", "--device", "cpu", "--batch-size", "2"]) == 0
+    assert read_bag(embedded / "maps" / "bags" / "image.h5").info.mpp0 == 0.5
+    assert (embedded / "maps" / "image.png").is_file()
 
 
 def test_a_bag_of_another_file_or_encoder_fails_alone(embedded: Path, capsys, cmu_pixels) -> None:

@@ -116,6 +116,11 @@ def test_bags_to_csv_and_bad_ones_do_not_end_the_run(head, tmp_path, capsys):
         assert rows[name]["predicted"] == made.label and rows[name]["reason"] == ""
     assert rows["other"]["predicted"] == "" and "not a bag" in rows["other"]["reason"]
     assert main([*arguments[:1], str(bags / "one.h5"), *arguments[2:]]) == 0
+    for more in (["slide.svs"], ["--slides-csv", "slides.csv"]):  # nothing is left out in silence
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments[:2], *more, *arguments[2:]])
+        assert stop.value.code == 2
+        assert f"{more[0]} is none" in capsys.readouterr().err
 
 
 def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
@@ -138,8 +143,10 @@ def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
     assert told == pytest.approx(expected.probabilities.tolist(), abs=1e-5)
     assert int(row["patches"]) == len(bag.features) >= 3
     capsys.readouterr()
-    assert main(arguments) == 1  # no table names this encoder
-    assert "Say where that encoder is (--model)" in capsys.readouterr().err
+    loud = [argument for argument in arguments if argument != "--quiet"]
+    assert main(loud) == 1  # no table names this encoder
+    (error,) = capsys.readouterr().err.splitlines()  # no bar was drawn
+    assert "Say where that encoder is (--model)" in error
     # Other weights of the same architecture are another encoder.
     with torch.no_grad():
         student.layernorm.weight.mul_(2)

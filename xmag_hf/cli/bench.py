@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from xmag_hf.atomic_write import write_atomically
-from xmag_hf.cli.options import add_options, read_options
+from xmag_hf.cli.options import add_options, new_file, read_options
 from xmag_hf.cli.progress import slides_bar
 from xmag_hf.cli.slides import add_model_argument, add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_options(parser, BenchOptions)
     add_options(parser, EmbedOptions)
-    parser.add_argument("--json", type=Path, metavar="F", help="write everything measured")
+    parser.add_argument("--json", type=new_file, metavar="F", help="write everything measured")
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -46,7 +45,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         check_sources(sources)
     except (CorpusError, EmbedError) as error:
         parser.error(str(error))
-    with slides_bar(Console(stderr=True, quiet=args.quiet), "patches") as progress:
+    if args.quiet:
+        disable_progress_bar()  # transformers' own, while weights are loaded
+    with slides_bar(args.quiet, "patches") as progress:
         report = bench(sources, args.model, options, what, progress=progress)
     console = Console()
     machine = report.machine

@@ -57,8 +57,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         slides = _slides(args)
     except CorpusError as error:
         parser.error(str(error))
-    console = Console(stderr=True, quiet=args.quiet)
-    with slides_bar(console, "regions") as progress:
+    with slides_bar(args.quiet, "regions") as progress:
         summary = build_corpus(slides, args.out, options, workers=args.workers, progress=progress)
     _print_summary(summary)
     return 1 if summary.problems else 0
@@ -88,7 +87,7 @@ def _slides(args: argparse.Namespace) -> list[SlideRow]:
         return read_slides_csv(args.slides_csv, args.slides_dir)
     if not args.slides:
         raise CorpusError("No slides. Name files, folders or globs, or give --slides-csv.")
-    return [SlideRow(path) for path in find_slides(args.slides)]
+    return find_slides(args.slides)
 
 
 def _print_summary(summary: CorpusSummary) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -46,7 +45,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         check_sources(sources)
     except (CorpusError, EmbedError) as error:
         parser.error(str(error))
-    with slides_bar(Console(stderr=True, quiet=args.quiet), "patches") as progress:
+    if args.quiet:
+        disable_progress_bar()  # transformers' own, while weights are loaded
+    with slides_bar(args.quiet, "patches") as progress:
         summary = embed_slides(sources, args.out, args.model, options, progress=progress)
     _print_summary(summary)
     return 1 if summary.problems else 0

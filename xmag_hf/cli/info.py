@@ -6,14 +6,14 @@ import argparse
 import csv
 import dataclasses
 import io
-from pathlib import Path
 
 from xmag_hf.atomic_write import write_atomically
+from xmag_hf.cli.options import new_file
 from xmag_hf.cli.slides import add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.describe import SlideDescription, describe_slide
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
-from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
+from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of, status_of
 
 EXAMPLE = "xmag info slides/*.svs --csv cohort.csv"
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="side of a patch at 0.5 um/px (default: %(default)s, as cut for Phikon and UNI2)",
     )
-    parser.add_argument("--csv", type=Path, metavar="F", help="write a line a slide")
+    parser.add_argument("--csv", type=new_file, metavar="F", help="write a line a slide")
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             )
         except SLIDE_FAULTS as error:
             failed += 1
-            print(f"failed: {reason_of(source.slide_id, error)}", flush=True)
+            print(f"{status_of(error)}: {reason_of(source.slide_id, error)}", flush=True)
             continue
         found.append(description)
         _print(description)

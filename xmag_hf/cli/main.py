@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from xmag_hf._version import __version__
 from xmag_hf.cli.options import hyphenated
@@ -32,6 +33,14 @@ VERBS = {
     "compare": ("xmag_hf.cli.compare", "studies on the same slides -> paired tests, intervals"),
     "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are what is wrong, without the usage of thirty options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is; exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +72,7 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     keep_freed_memory()
     module = importlib.import_module(VERBS[verb][0])
     prog = prog or f"xmag {verb}"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=module.__doc__,
         epilog=f"example:\n  {module.EXAMPLE}",
@@ -91,7 +100,7 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
 def _top_level(argv: list[str]) -> int:
     width = max(map(len, VERBS)) + 2
     verbs = "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="xmag",
         description="Distil a 20x pathology encoder into a 5x student, and use it.",
         epilog=f"verbs (each has --help with an example):\n{verbs}\n\n"

@@ -8,12 +8,14 @@ import os
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
+OptionsTarget = argparse.ArgumentParser | argparse._ArgumentGroup  # a group is a heading in --help
 
 
-def add_options(parser: argparse.ArgumentParser, options: type, skip: tuple[str, ...] = ()) -> None:
+def add_options(parser: OptionsTarget, options: type, skip: tuple[str, ...] = ()) -> None:
     """Add one option for each field of the dataclass `options`.
 
     A field `output_dir` becomes `--output-dir` (`hyphenated` lets users write `--output_dir`). Help
@@ -62,6 +64,20 @@ def read_options(options: type[Options], args: argparse.Namespace, **given: Any)
         if isinstance(value, list):
             parsed[name] = tuple(value)
     return options(**(parsed | given))
+
+
+def new_file(text: str) -> Path:
+    """A file that is written at the end, as `type=` of an option.
+
+    Raises:
+        ArgumentTypeError: Its folder is not there, or it is a folder: known before hours of work.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder. Name a file.")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}. Make it.")
+    return path
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

@@ -9,32 +9,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.progress import track
-
-from xmag_hf.cli.options import add_options, read_options
-from xmag_hf.cli.slides import add_slide_arguments, named_sources
+from xmag_hf.cli.options import new_file, read_options
+from xmag_hf.cli.progress import counting_bars
+from xmag_hf.cli.slides import add_head_arguments, add_slide_arguments, named_sources
 from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.embed import check_sources
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 
 EXAMPLE = "xmag predict bags/ --head study/head --out predictions.csv"
-# What a head settles itself, or what makes files that are not kept here.
-SETTLED = ("mpp", "patch_px", "pooling", "tokens", "features", "preview")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Bags or slides, the head, and how slides are read."""
-    add_slide_arguments(parser)
-    parser.add_argument(
-        "--head", required=True, metavar="H", help="folder of a trained head, or hf:ORG/NAME"
+    add_slide_arguments(
+        parser,
+        "BAGS_OR_SLIDES",
+        "files, or folders: one with .h5 files is a folder of bags, any other is searched for "
+        "slides; slides also by globs",
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="CSV", help="gets a line a slide"
+        "--out", required=True, type=new_file, metavar="CSV", help="gets a line a slide"
     )
-    parser.add_argument(
-        "--model", metavar="M", help="for slides: the head's encoder, if no table names it"
-    )
-    add_options(parser, EmbedOptions, skip=SETTLED)
+    add_head_arguments(parser)
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -44,7 +40,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from xmag_hf.mil.predict import load_head, predict_bags, predict_slides, write_answers
 
     disable_progress_bar()
-    bags = _bags(args)
+    bags = _bags(args, parser)
     if bags:
         model = load_head(args.head)
         answers, count = predict_bags(model, bags), len(bags)
@@ -57,7 +53,11 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         model = load_head(args.head)
         answers = predict_slides(model, sources, args.model, options)
         count = len(sources)
-    told = list(track(answers, "slides", count, transient=True, disable=args.quiet))
+    told = []
+    with counting_bars(args.quiet) as advance:
+        for answer in answers:
+            told.append(answer)
+            advance("slides", 1, count)
     classes = [model.config.id2label[n] for n in range(model.config.num_labels)]
     write_answers(args.out, classes, told)
     for answer in told:
@@ -70,10 +70,17 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return int(any(answer.prediction is None for answer in told))
 
 
-def _bags(args: argparse.Namespace) -> list[Path]:
+def _bags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Path]:
     """Bags that are named, or lie in named folders; none if slides are meant."""
     found: list[Path] = []
+    others = ["--slides-csv"] if args.slides_csv else []
     for name in args.slides:
         path = Path(name)
-        found += sorted(path.glob("[!.]*.h5")) if path.is_dir() else [path] * (path.suffix == ".h5")
+        bags = sorted(path.glob("[!.]*.h5")) if path.is_dir() else [path] * (path.suffix == ".h5")
+        found += bags
+        others += [] if bags else [name]
+    if found and others:
+        parser.error(
+            f"{found[0]} is a bag, and {others[0]} is none. Bags and slides take a command each."
+        )
     return found

@@ -1,4 +1,7 @@
-"""Progress bars of the verbs."""
+"""Progress bars of the verbs: on stderr, drawn from the first step on.
+
+What is wrong before any work is told without an empty bar above it.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,23 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+
+@contextmanager
+def _bars(*columns: ProgressColumn, quiet: bool) -> Iterator[Progress]:
+    """Bars that are not drawn before `start` is called."""
+    bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    try:
+        yield bars
+    finally:
+        if bars.live.is_started:
+            bars.stop()
 
 
 @contextmanager
@@ -30,9 +45,10 @@ def counting_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, TimeRemainingColumn(), disable=quiet) as bars:
+    with _bars(*columns, TimeRemainingColumn(), quiet=quiet) as bars:
 
         def advance(name: str, done: int, total: int) -> None:
+            bars.start()
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=total)
             bars.advance(tasks[name], done)
@@ -41,11 +57,11 @@ def counting_bars(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def slides_bar(console: Console, counted: str) -> Iterator[Callable[[Any], None]]:
+def slides_bar(quiet: bool, counted: str) -> Iterator[Callable[[Any], None]]:
     """A bar over slides, and the number and rate of what is made of them.
 
     Args:
-        console: Where it is drawn; a quiet one shows nothing.
+        quiet: Show none.
         counted: `regions` or `patches`: the attribute of the state that is counted.
 
     Yields:
@@ -58,10 +74,11 @@ def slides_bar(console: Console, counted: str) -> Iterator[Callable[[Any], None]
         TextColumn(counted + " {task.fields[count]}, {task.fields[rate]:.1f}/s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with _bars(*columns, quiet=quiet) as progress:
         task = progress.add_task("slides", total=1, slides_done=0, count=0, rate=0.0)
 
         def show(state: Any) -> None:
+            progress.start()
             elapsed, count = progress.tasks[task].elapsed or 0, getattr(state, counted)
             progress.update(
                 task,

@@ -1,18 +1,32 @@
-"""Slides as `xmag info` and `xmag embed` take them: paths, folders, globs, CSV."""
+"""Slides and encoders as several verbs take them: paths, folders, globs, CSV; --model."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from xmag_hf.cli.options import add_options
 from xmag_hf.data_builders import CorpusError, SlideRow, find_slides, read_slides_csv
 from xmag_hf.data_builders.slide_list import with_csv_metadata
+from xmag_hf.embedding.options import EmbedOptions
 from xmag_hf.embedding.sources import SlideSource
 
+SLIDES_HELP = "files, globs, or folders, which are searched through"
+# What a head settles itself, or what makes files of no use to it.
+SETTLED_BY_HEAD = ("mpp", "patch_px", "pooling", "tokens", "features", "preview")
 
-def add_slide_arguments(parser: argparse.ArgumentParser) -> None:
-    """SLIDES, --slides-csv and --slides-dir."""
-    parser.add_argument("slides", nargs="*", metavar="SLIDES", help="files, folders or globs")
+
+def add_slide_arguments(
+    parser: argparse.ArgumentParser, metavar: str = "SLIDES", text: str = SLIDES_HELP
+) -> None:
+    """SLIDES, --slides-csv and --slides-dir.
+
+    Args:
+        parser: Gets them.
+        metavar: What help calls the positional, where it takes something else too.
+        text: Its help.
+    """
+    parser.add_argument("slides", nargs="*", metavar=metavar, help=text)
     parser.add_argument(
         "--slides-csv",
         type=Path,
@@ -28,8 +42,28 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="M",
-        help="an XMAG folder, hf:ORG/NAME, or an encoder's name (phikon, uni2-h, ...)",
+        help="an encoder's name (phikon, uni2-h, ...), the folder of a student or another encoder, "
+        "hf:ORG/NAME, timm:NAME, or a student before its distillation: start:SIZE, "
+        "random:SIZE[:SEED] (SIZE is base, small, tiny or lite)",
     )
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    """--head, and how slides are read whose bags are made for it."""
+    parser.add_argument(
+        "--head", required=True, metavar="H", help="folder of a trained head, or hf:ORG/NAME"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="for slides without a bag: the head's encoder, as `xmag embed --model` takes it; none "
+        "is what a table names, or the head's own (end to end)",
+    )
+    group = parser.add_argument_group(
+        "slides without a bag",
+        "how they are read and encoded, on one device; um/px, patch size, pooling are the head's",
+    )
+    add_options(group, EmbedOptions, skip=SETTLED_BY_HEAD)
 
 
 def named_sources(args: argparse.Namespace, geojson: Path | None = None) -> list[SlideSource]:
@@ -47,7 +81,7 @@ def named_sources(args: argparse.Namespace, geojson: Path | None = None) -> list
     elif args.slides_csv:
         rows = read_slides_csv(args.slides_csv, args.slides_dir)
     elif args.slides:
-        rows = [SlideRow(path) for path in find_slides(args.slides)]
+        rows = find_slides(args.slides)
     else:
         raise CorpusError("No slides. Name files, folders or globs, or give --slides-csv.")
     if geojson is not None and not geojson.is_dir() and len(rows) > 1:

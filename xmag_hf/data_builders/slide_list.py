@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from xmag_hf.slides.dicom import series_uid
+
 from .corpus_options import CorpusError
 
 # What OpenSlide 4 reads; a folder is searched for these. A file named outright is tried whatever
@@ -18,6 +20,7 @@ SLIDE_SUFFIXES = (
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn"),
     *(".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi"),
 )
+DICOM_SUFFIX = ".dcm"
 OWN_COLUMNS = ("slide", "slide_id", "patient_id", "cancer_type", "mpp", "source")
 
 
@@ -27,7 +30,7 @@ class SlideRow:
 
     Attributes:
         path: The file.
-        slide_id: Default the file's stem.
+        slide_id: Default the file's stem; see `find_slides` for DICOM.
         patient_id: Default the slide_id, the cautious reading: every slide its own patient.
         cancer_type: Empty if unknown.
         mpp: um/px of level 0 if the file's own must be overruled.
@@ -51,14 +54,18 @@ class SlideRow:
         object.__setattr__(self, "source", self.source or path.name)
 
 
-def find_slides(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files of paths, globs (`**` allowed) and folders (searched through, sorted).
+def find_slides(patterns: Iterable[str | os.PathLike[str]]) -> list[SlideRow]:
+    """Slides of paths, globs (`**` allowed) and folders (searched through, sorted).
+
+    Of a DICOM series, which has a file for each level, the largest file stands for all. It is named
+    after the folder where several files are of this series and no other slide lies beside them,
+    else after its own file.
 
     Args:
         patterns: What the user named.
 
     Returns:
-        Paths, each once, in the order named.
+        Rows, each slide once, in the order named.
 
     Raises:
         CorpusError: A pattern that finds nothing.
@@ -78,7 +85,7 @@ def find_slides(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
                 f"{' '.join(SLIDE_SUFFIXES)}."
             )
         found.update(dict.fromkeys(hits))
-    return list(found)
+    return _rows(found)
 
 
 def read_slides_csv(
@@ -111,24 +118,29 @@ def read_slides_csv(
         )
     root = Path(slides_dir) if slides_dir is not None else path.parent
     stems = {} if by_path else _by_stem(root)
-    rows = []
+    files = []
     for number, line in lines:
         where = f"{path}, line {number}"
         file = root / _needed(line, "slide", where) if by_path else None
-        file = file or _unique_file(stems, _needed(line, "slide_id", where), root, where)
-        rows.append(_row(file, line, where))
-    return rows
+        files.append(file or _unique_file(stems, _needed(line, "slide_id", where), root, where))
+    series = _dicom_series(files)
+    return [
+        _row(SlideRow(*series.get(file, (file, ""))), line, f"{path}, line {number}")
+        for file, (number, line) in zip(files, lines, strict=True)
+    ]
 
 
-def with_csv_metadata(paths: Sequence[Path], csv_path: str | os.PathLike[str]) -> list[SlideRow]:
-    """Rows for files named by the user, with the metadata of a slide CSV matched by stem.
+def with_csv_metadata(
+    slides: Sequence[SlideRow], csv_path: str | os.PathLike[str]
+) -> list[SlideRow]:
+    """Slides named by the user, with the metadata of a slide CSV, matched by name or stem.
 
     Args:
-        paths: Slide files.
+        slides: As `find_slides` gives them.
         csv_path: CSV with `slide_id` or `slide`; lines for other slides are ignored.
 
     Returns:
-        One row a path; a file without a line gets the defaults.
+        A row for each; a slide without a line gets the defaults.
 
     Raises:
         CorpusError: As `read_slides_csv`, two lines for one stem, or no line for any file.
@@ -144,15 +156,15 @@ def with_csv_metadata(paths: Sequence[Path], csv_path: str | os.PathLike[str]) -
         if stem in lines:
             raise CorpusError(f"{where}: {stem} again, first on line {lines[stem][0]}. Drop one.")
         lines[stem] = (number, line)
-    if not any(file.stem in lines for file in paths):
+    if not any(name in lines for slide in slides for name in _names(slide)):
         raise CorpusError(
-            f"{csv_path}: no line is for any of the {len(paths)} slides ({paths[0].stem}, ...). "
-            "Its `slide_id` (or the stem of `slide`) must be the stem of the file."
+            f"{csv_path}: no line is for any of the {len(slides)} slides ({slides[0].slide_id}, "
+            "...). Its `slide_id` (or the stem of `slide`) must be the stem of the file."
         )
     rows = []
-    for file in paths:
-        number, line = lines.get(file.stem, (0, {}))
-        rows.append(_row(file, line, f"{csv_path}, line {number}"))
+    for slide in slides:
+        number, line = next((lines[n] for n in _names(slide) if n in lines), (0, {}))
+        rows.append(_row(slide, line, f"{csv_path}, line {number}"))
     return rows
 
 
@@ -196,7 +208,8 @@ def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     return lines
 
 
-def _row(file: Path, line: dict[str, str], where: str) -> SlideRow:
+def _row(slide: SlideRow, line: dict[str, str], where: str) -> SlideRow:
+    """The slide with what a line says of it."""
     text = line.get("mpp", "")
     try:
         mpp = float(text) if text else None
@@ -205,8 +218,8 @@ def _row(file: Path, line: dict[str, str], where: str) -> SlideRow:
             f"{where}: mpp {text!r} is no number. Give um/px, or leave it empty."
         ) from None
     return SlideRow(
-        path=file,
-        slide_id=line.get("slide_id", ""),
+        path=slide.path,
+        slide_id=line.get("slide_id", "") or slide.slide_id,
         patient_id=line.get("patient_id", ""),
         cancer_type=line.get("cancer_type", ""),
         mpp=mpp,
@@ -222,19 +235,57 @@ def _needed(line: dict[str, str], column: str, where: str) -> str:
 
 
 def _slides_under(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SLIDE_SUFFIXES
-        and not path.name.startswith(".")
-        and path.is_file()
-    )
+    return sorted(path for path in folder.rglob("*") if _is_slide(path))
+
+
+def _is_slide(path: Path) -> bool:
+    known = path.suffix.lower() in SLIDE_SUFFIXES
+    return known and not path.name.startswith(".") and path.is_file()
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.suffix.lower() == DICOM_SUFFIX
+
+
+def _rows(paths: Iterable[Path]) -> list[SlideRow]:
+    """A row for each file, and for each DICOM series one."""
+    series = _dicom_series(paths)
+    slides = dict(series.get(path, (path, "")) for path in paths)
+    return [SlideRow(path, slide_id) for path, slide_id in slides.items()]
+
+
+def _dicom_series(paths: Iterable[Path]) -> dict[Path, tuple[Path, str]]:
+    """DICOM file -> the file that stands for its series, and the series' name ('': the file's).
+
+    Only the folders of DICOM files are looked at, and these whole: a slide must not be called
+    otherwise because one of its files was named and not its folder.
+    """
+    found: dict[Path, tuple[Path, str]] = {}
+    for folder in {path.parent for path in paths if _is_dicom(path) and path.is_file()}:
+        slides = sorted(path for path in folder.iterdir() if _is_slide(path))
+        series: dict[str, list[Path]] = defaultdict(list)
+        for file in filter(_is_dicom, slides):
+            uid = series_uid(file)
+            if uid is not None:
+                series[uid].append(file)
+        alone = len(series) == 1 and all(map(_is_dicom, slides))
+        for files in series.values():
+            largest = max(files, key=lambda file: file.stat().st_size)  # level 0
+            name = folder.resolve().name if alone and len(files) > 1 else ""
+            found |= dict.fromkeys(files, (largest, name))
+    return found
+
+
+def _names(slide: SlideRow) -> tuple[str, ...]:
+    """What a CSV may call a slide."""
+    return slide.slide_id, slide.path.stem
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     stems: dict[str, list[Path]] = defaultdict(list)
-    for path in _slides_under(folder):
-        stems[path.stem].append(path)
+    for slide in _rows(_slides_under(folder)):
+        for name in dict.fromkeys(_names(slide)):
+            stems[name].append(slide.path)
     return stems
 
 

@@ -1,4 +1,4 @@
-"""A picture of a slide with the outline of its tissue and the grid of its patches."""
+"""A picture of a slide with the outline of its tissue, the grid of its patches and a scale bar."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import io
 from collections.abc import Collection
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
+
+from xmag_hf.reporting.scale_bar import scale_bar
 
 from .plan import SlidePlan
 
@@ -18,18 +20,19 @@ OUTLINE = (0, 140, 60)
 GRID = (40, 70, 200)
 PADDED = (230, 140, 0)
 UNREADABLE = (220, 30, 30)
-CAPTION_PX = 18
+LINE_PX = 18  # of the two below the picture
+BAR_FONT_PX = 14
 
 
 def draw_preview(plan: SlidePlan, unreadable: Collection[int] = ()) -> Image.Image:
-    """Tissue outline (green), patches (blue; orange past the edge; red crossed out: unreadable).
+    """Tissue outline, patches and a scale bar; below, what the colours mean and what was found.
 
     Args:
         plan: Of the slide.
         unreadable: Rows of the plan's coords that could not be decoded.
 
     Returns:
-        RGB picture with a caption below, longest side at most 2,000 px.
+        RGB picture, its longest side at most 2,000 px without the two lines below.
     """
     overview = plan.overview
     height, width = overview.mask.shape
@@ -39,7 +42,7 @@ def draw_preview(plan: SlidePlan, unreadable: Collection[int] = ()) -> Image.Ima
     picture = np.array(Image.fromarray(overview.picture).resize(size, Image.Resampling.LANCZOS))
     mask = np.array(Image.fromarray(overview.mask).resize(size, Image.Resampling.NEAREST))
     picture[mask & ~ndimage.binary_erosion(mask, iterations=2)] = OUTLINE
-    sheet = Image.new("RGB", (size[0], size[1] + CAPTION_PX), "white")
+    sheet = Image.new("RGB", (size[0], size[1] + 2 * LINE_PX), "white")
     sheet.paste(Image.fromarray(picture))
     pen = ImageDraw.Draw(sheet)
     scale = factor / overview.pixel_level0  # px of the picture per level-0 px
@@ -53,8 +56,42 @@ def draw_preview(plan: SlidePlan, unreadable: Collection[int] = ()) -> Image.Ima
             pen.line(box, UNREADABLE, 2)
             colour = UNREADABLE
         pen.rectangle(box, outline=colour)
-    pen.text((4, size[1] + 3), _caption(plan, len(lost)), fill="black")
+    _draw_scale_bar(pen, size, plan.mpp0 / scale)
+    _draw_legend(pen, size[1], plan, bool(mask.any()), lost)
+    pen.text((4, size[1] + LINE_PX + 2), _caption(plan, len(lost)), fill="black")
     return sheet
+
+
+def _draw_scale_bar(pen: ImageDraw.ImageDraw, size: tuple[int, int], pixel_um: float) -> None:
+    bar = scale_bar(*size, pixel_um)
+    font = ImageFont.load_default(BAR_FONT_PX)
+    box = (bar.left, bar.top, bar.left + bar.length, bar.top + bar.thickness)
+    pen.rectangle(box, "black", "white")
+    # Above its left end and not its middle: a short bar is narrower than its text.
+    place = (bar.left, bar.top - 4)
+    text = bar.text.replace("\u00b5", "u")  # Pillow's own font has no such letter
+    left, top, right, bottom = pen.textbbox(place, text, font, anchor="lb")
+    pen.rectangle((left - 2, top - 2, right + 2, bottom + 2), "white")
+    pen.text(place, text, "black", font, anchor="lb")
+
+
+def _draw_legend(
+    pen: ImageDraw.ImageDraw, top: int, plan: SlidePlan, tissue: bool, lost: Collection[int]
+) -> None:
+    """Name the colours that are in the picture."""
+    rows = range(len(plan.coords))
+    shown = (
+        ("tissue outline", OUTLINE, tissue),
+        ("patch grid", GRID, any(not plan.padded[row] and row not in lost for row in rows)),
+        ("padded patches", PADDED, any(plan.padded[row] and row not in lost for row in rows)),
+        ("unreadable patches", UNREADABLE, bool(lost)),
+    )
+    x = 4.0
+    for name, colour, there in shown:
+        if there:
+            pen.rectangle((x, top + 5, x + 9, top + 14), outline=colour, width=2)
+            pen.text((x + 14, top + 3), name, fill="black")
+            x += 14 + pen.textlength(name) + 16
 
 
 def preview_png(plan: SlidePlan, unreadable: Collection[int] = ()) -> bytes:

@@ -17,7 +17,7 @@ import torch
 
 from xmag_hf.atomic_write import remove_drafts, write_atomically
 from xmag_hf.encoders import Encoder, load_encoder
-from xmag_hf.slides import SlideError, SlideScaleError, sha256_head
+from xmag_hf.slides import SlideError, sha256_head
 from xmag_hf.slides.tissue import METHOD as TISSUE_METHOD
 
 from .ahead import ahead
@@ -31,7 +31,7 @@ from .plan import PatchGeometry, SlidePlan, no_tissue_reason, patch_geometry, pl
 from .preview import preview_png
 from .read import PatchBatch, read_patches
 from .records import SlideRecord
-from .sources import SLIDE_FAULTS, SlideSource, reason_of
+from .sources import SLIDE_FAULTS, SlideSource, reason_of, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +308,7 @@ class Run:
 
 
 def _blame(record: SlideRecord, error: BaseException) -> None:
-    record.status = "refused" if isinstance(error, SlideScaleError) else "failed"
+    record.status = status_of(error)
     record.reason = reason_of(record.slide_id, error)
 
 
@@ -364,6 +364,19 @@ def one_device(options: EmbedOptions) -> str:
     return devices_of(options)[0]
 
 
+def checked_device(name: str) -> str:
+    """The name of a device, once it is known to be there: before weights are loaded for it.
+
+    Raises:
+        EmbedError: It is not.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's words for one that is not there
+        raise EmbedError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def loaded_encoder(encoder: Encoder | str, options: EmbedOptions) -> Encoder:
     """An encoder on the device and at the precision of the options; a loaded one as it is.
 
@@ -373,7 +386,7 @@ def loaded_encoder(encoder: Encoder | str, options: EmbedOptions) -> Encoder:
     """
     if isinstance(encoder, Encoder):
         return encoder
-    device = one_device(options)
+    device = checked_device(one_device(options))
     try:
         return load_encoder(encoder, device=torch.device(device), precision=options.precision)
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there

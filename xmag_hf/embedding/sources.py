@@ -11,7 +11,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from xmag_hf.slides import Slide, SlideOpenError, open_slide
+from xmag_hf.slides import Slide, SlideOpenError, SlideScaleError, open_slide
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 IMAGE_VENDOR = "image"
@@ -26,6 +26,11 @@ def reason_of(slide_id: str, error: BaseException) -> str:
     if type(error).__module__.startswith("xmag_hf"):
         return str(error)
     return f"{slide_id}: {type(error).__name__}: {error}"
+
+
+def status_of(error: BaseException) -> str:
+    """`refused` for a scale that is missing, implausible or too coarse; else `failed`."""
+    return "refused" if isinstance(error, SlideScaleError) else "failed"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from xmag_hf.evaluation import (
 
 from .errors import MILError
 from .predictions import ONE, CohortPredictions, StudyPredictions, paired, read_predictions
-from .presets import load_preset
+from .presets import PRESETS, load_preset
 
 AUC, ACCURACY, MACRO_F1, WEIGHTED_F1 = "AUC", "accuracy", "macro F1", "weighted F1"
 # name -> (metric, whether it takes probabilities instead of the predicted class)
@@ -71,7 +71,11 @@ class CompareOptions:
     level: float = field(default=0.95, metadata={"help": "of the intervals"})
     seed: int = field(default=0, metadata={"help": "of the bootstrap"})
     preset: str | None = field(
-        default=None, metadata={"help": "show the paper's values of this preset beside ours"}
+        default=None,
+        metadata={
+            "help": "the paper's task whose published values are shown beside ours",
+            "choices": tuple(PRESETS),
+        },
     )
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MILError
-from .options import HEADS, HeadOptions
+from .options import HEADS_HELP, HeadOptions
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 # Options of reading slides that change which pixels there are, and all that e2e takes.
@@ -45,7 +45,7 @@ class E2EOptions:
     )
     head: str = _option(
         "abmil",
-        f"{' or '.join(HEADS)} from scratch, or trained heads to go on from: a study of `xmag mil` "
+        f"from scratch ({HEADS_HELP}), or trained heads to go on from: a study of `xmag mil` "
         "on bags of this encoder (head k for fold k, its folds kept), or one head's folder with "
         "--folds 1",
     )

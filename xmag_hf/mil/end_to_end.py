@@ -6,13 +6,14 @@ Every process of `accelerate launch` runs the same code; the first one writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,10 @@ from .e2e_training import (
     train_fold,
 )
 from .errors import MILError
-from .folds import make_folds, read_folds, validation_rows, write_folds
+from .folds import make_folds, read_folds, validation_rows, warn_rare, write_folds
 from .frozen_cache import FrozenCache, fill_cache, frozen_cache
 from .labels import Cohort, Exclusion, class_names, read_labels
+from .one_writer import only_writer
 from .options import HEADS, INTERNAL, HeadOptions
 from .predict import load_head
 from .report import Tested, write_report
@@ -121,8 +123,8 @@ def end_to_end(
         Predictions and folders of the folds. `OUT/heads/fold-K` is complete or absent.
 
     Raises:
-        MILError: Labels, slides, folds, heads or an earlier run that do not fit; SIGTERM, once a
-            checkpoint is written.
+        MILError: Labels, slides, folds, heads or an earlier run that do not fit; another process
+            works on the same `options.out`; SIGTERM, once a checkpoint is written.
         EmbedError: Options of reading that do not fit the encoder.
         EncoderError: The encoder cannot be had.
         TrainingError: accelerate's own settings say another accumulation.
@@ -130,6 +132,35 @@ def end_to_end(
     """
     accelerator = _accelerator(options)
     check_sources(sources)
+    with _only_run(accelerator, Path(options.out).expanduser().resolve()):
+        return _made(accelerator, sources, options, reading, advance)
+
+
+@contextlib.contextmanager
+def _only_run(accelerator: Accelerator, out: Path) -> Iterator[None]:
+    """`only_writer` for all processes of a run: the first has the lock, the others hear of it."""
+    with contextlib.ExitStack() as held:
+        refused = ""
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(only_writer(out))
+            except MILError as error:
+                refused = str(error)
+        if accelerator.num_processes > 1:
+            refused = gather_object([refused])[0]
+        if refused:
+            raise MILError(refused)
+        yield
+
+
+def _made(
+    accelerator: Accelerator,
+    sources: Sequence[SlideSource],
+    options: E2EOptions,
+    reading: EmbedOptions,
+    advance: Advance,
+) -> E2EResult:
+    """The study, made now, or as far as it is not there yet."""
     encoder = load_encoder(options.encoder)
     geometry = patch_geometry(encoder.card, reading)
     # Whatever refuses a study must do so before any pixel is read.
@@ -146,9 +177,13 @@ def end_to_end(
         dtype=options.kept_type,
         precision=str(accelerator.mixed_precision),
     )
-    _validation(
-        *_folds(cohort, options), chosen, options
-    )  # refused now, not after hours of reading
+    # Refused now, not after hours of reading.
+    planned, folds = _folds(cohort, options)
+    _validation(planned, folds, chosen, options)
+    for fold in chosen if options.head not in HEADS else ():
+        _trained_head(encoder, planned, fold, options, geometry)
+    if accelerator.is_main_process and options.folds > 1:
+        warn_rare(planned, options.folds)
     began = time.perf_counter()
     cohort = _filled(accelerator, cache, probe, cohort, sources, advance)
     seconds = time.perf_counter() - began

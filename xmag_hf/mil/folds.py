@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from xmag_hf.atomic_write import write_atomically
 
 from .errors import MILError
 from .labels import Cohort, read_lines
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("slide_id", "patient_id", "label", "fold")
 # Shuffles that are tried for a split with every class on both sides.
@@ -134,6 +137,22 @@ def check_folds(cohort: Cohort, folds: np.ndarray) -> None:
                 f"class {cohort.classes[lost[0]]!r} is only in fold {fold}, so its head never sees "
                 "it. Lower --folds, add slides, or merge the class with another."
             )
+
+
+def warn_rare(cohort: Cohort, n_folds: int) -> None:
+    """Warn of classes that cannot be in every fold, having fewer patients than there are folds."""
+    rare = []
+    for number, name in enumerate(cohort.classes):
+        patients = len(set(cohort.patient_ids[cohort.labels == number]))
+        if patients < n_folds:
+            rare.append(f"class {name!r} has {patients} patient{'s' * (patients != 1)}")
+    if rare:
+        logger.warning(
+            "%s: %s for %d folds: some folds test none of it. Fewer --folds, or merge classes.",
+            cohort.name,
+            ", ".join(rare),
+            n_folds,
+        )
 
 
 def write_folds(path: Path, cohort: Cohort, folds: np.ndarray) -> None:

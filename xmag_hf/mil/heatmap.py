@@ -61,20 +61,6 @@ class HeatmapOptions:
             "metavar": "DIR",
         },
     )
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "encoder of the head's bags, for slides without one; none is what a table "
-            "names, or the head's own (end to end)"
-        },
-    )
-    overlap: int = field(
-        default=0,
-        metadata={
-            "help": "px that neighbours share in bags made here; stored bags keep theirs",
-            "metavar": "PX",
-        },
-    )
     top: int = field(default=10, metadata={"help": "patches on the contact sheet; 0: no sheet"})
     scale: str = field(
         default="linear",
@@ -90,7 +76,6 @@ class HeatmapOptions:
 
     def __post_init__(self) -> None:
         for name, good, rule in (
-            ("overlap", self.overlap >= 0, "at least 0 px"),
             ("top", self.top >= 0, "at least 0"),
             ("scale", self.scale in SCALES, f"one of {', '.join(SCALES)}"),
             ("longest_px", self.longest_px >= 100, "at least 100 px"),
@@ -125,7 +110,13 @@ class HeatmapRecord:
 
 
 def make_heatmaps(
-    sources: Sequence[SlideSource], head: str, out: Path, options: HeatmapOptions
+    sources: Sequence[SlideSource],
+    head: str,
+    out: Path,
+    options: HeatmapOptions,
+    *,
+    encoder: str | None = None,
+    reading: EmbedOptions | None = None,
 ) -> Iterator[HeatmapRecord]:
     """Write `<slide_id>.png`, `.geojson` and `-top.png` of each slide.
 
@@ -134,6 +125,9 @@ def make_heatmaps(
         head: Folder or repository of a trained head.
         out: Folder; made if need be.
         options: See there.
+        encoder: Of the head's bags, for slides without one, as `load_encoder` takes it; None for
+            the one that a table names, or that is part of an end-to-end model.
+        reading: Of slides without a bag; scale, patch size and pooling are the head's.
 
     Yields:
         A record a slide; a slide that fails does not end the run.
@@ -149,7 +143,8 @@ def make_heatmaps(
     bags = options.bags or out / BAGS
     model = load_head(head)
     missing = [source for source in sources if not _bag_path(bags, source).is_file()]
-    without = _embed(missing, bags, model, options) if missing else {}
+    reading = reading or EmbedOptions()
+    without = _embed(missing, bags, model, encoder, reading) if missing else {}
     out.mkdir(parents=True, exist_ok=True)
     for source in sources:
         if source.slide_id in without:
@@ -170,18 +165,21 @@ def _bag_path(bags: Path, source: SlideSource) -> Path:
 
 
 def _embed(
-    missing: Sequence[SlideSource], bags: Path, model: Any, options: HeatmapOptions
+    missing: Sequence[SlideSource],
+    bags: Path,
+    model: Any,
+    encoder: str | None,
+    reading: EmbedOptions,
 ) -> dict[str, HeatmapRecord]:
     """Make the bags that the head takes; slide -> record, where none came of it."""
     from xmag_hf.embedding import embed_slides
 
     from .predict import head_encoder, head_geometry
 
-    wanted = EmbedOptions(overlap=options.overlap)
+    loaded = head_encoder(model, encoder, reading)
     names = ", ".join(source.slide_id for source in missing[:3])
     logger.info("%d slides without a bag in %s (%s): embedding them", len(missing), bags, names)
-    encoder = head_encoder(model, options.model, wanted)
-    summary = embed_slides(missing, bags, encoder, head_geometry(model.config, wanted))
+    summary = embed_slides(missing, bags, loaded, head_geometry(model.config, reading))
     without = {}
     for record in summary.records:
         if not (bags / f"{record.slide_id}.h5").is_file():

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from xmag_hf.reporting.pictures import png
+from xmag_hf.reporting.scale_bar import scale_bar
 
 DPI = 100
 # A picture of tissue hardly shrinks beyond this, and takes three times as long to try.
@@ -211,29 +212,13 @@ def draw_contact_sheet(
     return png(figure, about, COMPRESSION)
 
 
-def scale_bar_um(width_um: float) -> float:
-    """The longest of 1, 2, 5 x 10^n um that fits in a quarter of the width."""
-    room = width_um / 4
-    power = 10.0 ** math.floor(math.log10(room))
-    return max(step * power for step in (1, 2, 5) if step * power <= room)
-
-
-def length_text(um: float) -> str:
-    """`200 um`, `5 mm`."""
-    return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} \u00b5m"
-
-
 def _scale_bar(axis, width: int, height: int, pixel_um: float) -> None:
-    length = scale_bar_um(width * pixel_um)
-    long, margin = length / pixel_um, 0.03 * min(width, height)
-    thick = 0.012 * min(width, height)
-    left, top = margin, height - margin - thick
-    # Black on white: seen on tissue and on glass.
-    axis.add_patch(
-        Rectangle((left, top), long, thick, facecolor="black", edgecolor="white", linewidth=0.6)
-    )
+    bar = scale_bar(width, height, pixel_um)
+    shape = Rectangle((bar.left, bar.top), bar.length, bar.thickness)
+    shape.set(facecolor="black", edgecolor="white", linewidth=0.6)
+    axis.add_patch(shape)
     axis.annotate(
-        length_text(length), (left + long / 2, top), (0, 3), textcoords="offset points",
+        bar.text, (bar.left + bar.length / 2, bar.top), (0, 3), textcoords="offset points",
         ha="center", va="bottom", fontsize=9,
         bbox={"facecolor": "white", "alpha": 0.75, "pad": 1, "linewidth": 0},
     )  # fmt: skip

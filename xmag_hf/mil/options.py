@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import MILError
+from .presets import PRESETS
 
 HEADS = ("abmil", "mean-pool")
+HEADS_HELP = (
+    "abmil: gated attention, which learns how much each patch counts, as `xmag heatmap` shows; "
+    "mean-pool: every patch counts the same, the baseline"
+)
 INTERNAL = "internal"  # the cohort that is cross-validated
 
 
@@ -68,9 +73,9 @@ class StudyOptions:
     )
     preset: str | None = _option(
         None,
-        "one of the paper's tasks (nsclc, rcc, panda-isup, brca-odx): label CSVs are made from "
-        "--preset-files, and the paper's values stand beside ours",
-        metavar="NAME",
+        "one of the paper's tasks: label CSVs are made from --preset-files, and the paper's values "
+        "stand beside ours",
+        choices=tuple(PRESETS),
     )
     preset_files: tuple[str, ...] = _option(
         (),
@@ -83,7 +88,9 @@ class StudyOptions:
         None, "this class against all others as one", metavar="CLASS"
     )
     head: tuple[str, ...] = _option(
-        ("abmil",), f"{' or '.join(HEADS)}; several are compared on the same folds", metavar="NAME"
+        ("abmil",),
+        f"{HEADS_HELP}; several are compared on the same folds",
+        metavar="NAME",
     )
     folds: int = _option(5, "of the cross-validation, by patient")
     folds_csv: str | None = _option(

@@ -41,11 +41,21 @@ def draw_roc(
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (name, positive) in zip(axes, panels, strict=False):
         _panel(axis, cohorts[name], positive)
-        axis.set_title(f"{name}: {classes[positive]} against the rest", fontsize=10)
+        found = int((cohorts[name].labels == positive).sum())
+        others = len(cohorts[name].labels) - found
+        # In words: "15 of 34" beside an AUC was taken for slides answered rightly.
+        axis.set_title(
+            f"{name}: {classes[positive]} ({_slides(found)}) against the rest ({_slides(others)})",
+            fontsize=9,
+        )
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.suptitle(title, fontsize=11)
     save_picture(figure, path)
+
+
+def _slides(count: int) -> str:
+    return f"{count:,} slide{'s' * (count != 1)}"
 
 
 def _panel(axis: Any, cohort: CohortPredictions, positive: int) -> None:
@@ -70,6 +80,5 @@ def _panel(axis: Any, cohort: CohortPredictions, positive: int) -> None:
     scores = cohort.probabilities[:, positive]
     x, y, _ = roc_curve(truth, scores, drop_intermediate=False)
     area = roc_auc(truth.astype(np.int64), scores)
-    n = f"{int(truth.sum())} of {len(truth)}"
-    axis.plot(x, y, color="black", linewidth=2.2, label=f"pooled: {area:.3f} ({n})")
+    axis.plot(x, y, color="black", linewidth=2.2, label=f"all folds: {area:.3f}")
     axis.legend(loc="lower right", fontsize=8, frameon=False, title="AUC", title_fontsize=8)

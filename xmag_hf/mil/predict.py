@@ -18,6 +18,7 @@ from xmag_hf.atomic_write import write_atomically
 from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
 from xmag_hf.embedding.bag import IDENTITY
 from xmag_hf.embedding.options import POOLINGS
+from xmag_hf.embedding.run import checked_device, one_device
 from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
 from xmag_hf.encoders import ENCODERS, Encoder, load_encoder
 
@@ -156,6 +157,8 @@ def predict_slides(
 ) -> Iterator[SlideAnswer]:
     """Embed slides as the head wants it, and ask it; nothing else is kept of them.
 
+    The encoder is loaded by the call itself, so that what is wrong with it is known at once.
+
     Args:
         model: As `load_head` gives it.
         sources: Slides.
@@ -163,21 +166,27 @@ def predict_slides(
             part of an end-to-end model.
         options: Of reading; scale, patch size and pooling are the head's.
 
-    Yields:
+    Returns:
         An answer a slide.
 
     Raises:
         MILError: The encoder is not the head's, or has to be given.
+        EmbedError: There is no such device.
         EncoderError: The encoder cannot be had.
     """
+    loaded = head_encoder(model, encoder, options)
+    return _embedded_answers(model, sources, loaded, head_geometry(model.config, options))
+
+
+def _embedded_answers(
+    model: Any, sources: Sequence[SlideSource], encoder: Encoder, options: EmbedOptions
+) -> Iterator[SlideAnswer]:
     from xmag_hf.embedding import embed_slide
 
-    loaded = head_encoder(model, encoder, options)
-    options = head_geometry(model.config, options)
     for source in sources:
         try:
             bag = embed_slide(
-                source.path, loaded, options, mpp0=source.mpp, slide_id=source.slide_id,
+                source.path, encoder, options, mpp0=source.mpp, slide_id=source.slide_id,
                 tissue_geojson=source.tissue_geojson,
             )  # fmt: skip
             check_bag(model.config, bag)
@@ -195,9 +204,7 @@ def head_geometry(config: Any, options: EmbedOptions) -> EmbedOptions:
 
 def head_encoder(model: Any, name: str | None, options: EmbedOptions) -> Encoder:
     """The encoder of a head's bags, loaded, and checked to be that one."""
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = checked_device(one_device(options))
     if model.config.model_type == "xmag_slide":
         return own_encoder(model, device=device, precision=options.precision)
     config = model.config

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from xmag_hf._version import __version__
 from xmag_hf.atomic_write import write_atomically
+from xmag_hf.embedding.run import checked_device
 from xmag_hf.encoders import ENCODERS
 from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.hub import HeadCardFacts, render_head_card, save_folder
@@ -35,8 +36,19 @@ from .bags import LabelledBags
 from .compare import CompareOptions, CompareResult, compare_studies
 from .compare_report import comparison_markdown, write_comparison
 from .errors import MILError
-from .folds import make_folds, read_folds, validation_rows, write_folds
-from .labels import Advance, Cohort, class_names, differences, join, read_labels
+from .folds import COLUMNS as FOLD_COLUMNS
+from .folds import make_folds, read_folds, validation_rows, warn_rare, write_folds
+from .labels import (
+    Advance,
+    Cohort,
+    bag_paths,
+    class_names,
+    differences,
+    join,
+    read_labels,
+    read_lines,
+)
+from .one_writer import only_writer
 from .options import INTERNAL, HeadOptions, StudyOptions
 from .predict import HEAD_IDENTITY, load_head
 from .preset_labels import with_preset
@@ -141,13 +153,21 @@ def run_study(
         The scores; with several studies, paired tests of each pair too.
 
     Raises:
-        MILError: Labels, bags, folds or an output folder that cannot be used; see `labels`,
-            `folds`.
+        MILError: Labels, bags, folds or an output folder that cannot be used, see `labels`,
+            `folds`; or another process works on the same `options.out`.
+        EmbedError: There is no such device.
         OSError: Something cannot be read or written.
     """
-    options = with_preset(options) if options.preset else options
     out = Path(options.out).expanduser().resolve()
-    plan = _plan(bag_folders, options, head, out, advance)
+    with only_writer(out):
+        options = with_preset(options) if options.preset else options
+        _check_inputs(bag_folders, options)
+        plan = _plan(bag_folders, options, head, out, advance)
+        return _made(plan, out, advance)
+
+
+def _made(plan: _Plan, out: Path, advance: Advance | None) -> CompareResult:
+    """The study, made now or earlier, in its folder."""
     digest = _digest(plan)
     if _finished(out, digest):
         logger.info("%s: done already", out)
@@ -156,7 +176,8 @@ def run_study(
     tasks = _tasks(plan)
     _open_partial(plan.partial, out, digest)
     write_folds(plan.partial / "folds.csv", plan.cohort, plan.folds)
-    _train_all([task for task in tasks if not task.answers.is_file()], options.jobs, head, advance)
+    undone = [task for task in tasks if not task.answers.is_file()]
+    _train_all(undone, plan.options.jobs, plan.head, advance)
     for study in plan.studies:
         own = [task for task in tasks if task.study is study]
         result = _conclude(plan, study, own, digest)
@@ -195,6 +216,23 @@ def save_head(model: Head, card: str, folder: Path, training: Training) -> None:
 # --- before ----------------------------------------------------------------------------------
 
 
+def _check_inputs(bag_folders: Sequence[Path], options: StudyOptions) -> None:
+    """Refuse what is known before bags are read, which takes minutes for a large cohort."""
+    _devices(options.device)
+    class_names(read_labels(Path(str(options.labels)), options.label_column, options.against_rest))
+    if options.external_labels is not None:
+        read_labels(Path(options.external_labels), options.label_column, options.against_rest)
+    if options.folds_csv is not None:
+        read_lines(Path(options.folds_csv), FOLD_COLUMNS)
+    if options.external_bags and len(options.external_bags) != len(bag_folders):
+        raise MILError(
+            f"--external-bags: {len(options.external_bags)} folders for {len(bag_folders)} of "
+            "BAGS. Give one for each, in their order."
+        )
+    for folder in (*bag_folders, *options.external_bags):
+        bag_paths(Path(folder))
+
+
 def _plan(
     bag_folders: Sequence[Path],
     options: StudyOptions,
@@ -212,9 +250,10 @@ def _plan(
     else:
         cohort, folds = read_folds(Path(options.folds_csv), cohort)
         check_classes(cohort)
+    warn_rare(cohort, int(folds.max()) + 1)
     for exclusion in cohort.exclusions:
         logger.warning("left out: %s: %s", exclusion.slide_id, exclusion.reason)
-    external = _external(cohort, bag_folders, options, advance)
+    external = _external(cohort, options, advance)
     partial = out.with_name(f"{out.name}.partial")
     studies = tuple(
         Study(name, partial if len(names) == 1 else partial / name, kind, bags)
@@ -237,18 +276,11 @@ def check_classes(cohort: Cohort) -> None:
         )
 
 
-def _external(
-    cohort: Cohort, bag_folders: Sequence[Path], options: StudyOptions, advance: Advance | None
-) -> Cohort | None:
+def _external(cohort: Cohort, options: StudyOptions, advance: Advance | None) -> Cohort | None:
     """The other cohort, of the same classes and encoders, and of other patients."""
     if options.external_labels is None:
         return None
     folders = [Path(folder) for folder in options.external_bags]
-    if len(folders) != len(bag_folders):
-        raise MILError(
-            f"--external-bags: {len(folders)} folders for {len(bag_folders)} of BAGS. Give one for "
-            "each, in their order."
-        )
     rows = read_labels(Path(options.external_labels), options.label_column, options.against_rest)
     external = join(options.external_name, rows, folders, cohort.classes, advance)
     for ours, theirs in zip(cohort.bags, external.bags, strict=True):
@@ -317,11 +349,7 @@ def _tasks(plan: _Plan) -> list[FoldTask]:
 def _devices(name: str) -> list[str]:
     if name == "auto":
         return [f"cuda:{k}" for k in range(torch.cuda.device_count())] or ["cpu"]
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch's words for one that is not there
-        raise MILError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return [name]
+    return [checked_device(name)]
 
 
 def _digest(plan: _Plan) -> str:
