@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Measure and print; 0 if every slide could be embedded, else 1."""
+    from transformers.utils.logging import disable_progress_bar
+
     try:
         options, what = read_options(EmbedOptions, args), read_options(BenchOptions, args)
         sources = named_sources(args)

@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Embed; 0 if every slide was done, was there, or has no tissue, else 1."""
+    from transformers.utils.logging import disable_progress_bar
+
     try:
         options = read_options(EmbedOptions, args)
         sources = named_sources(args, args.tissue_geojson)

@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Write the files of every slide; 1 if one failed."""
+    from transformers.utils.logging import disable_progress_bar
+
     try:
         options, reading = read_options(HeatmapOptions, args), read_options(EmbedOptions, args)
         sources = named_sources(args)

@@ -389,7 +389,7 @@ def loaded_encoder(encoder: Encoder | str, options: EmbedOptions) -> Encoder:
     device = checked_device(one_device(options))
     try:
         return load_encoder(encoder, device=torch.device(device), precision=options.precision)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+    except RuntimeError as error:  # the weights do not fit
         raise EmbedError(f"--device {device}: {error}") from error
 
 
