@@ -37,8 +37,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         check_sources(sources)
     except (CorpusError, EmbedError, MILError) as error:
         parser.error(str(error))
-    if args.quiet:
-        disable_progress_bar()  # transformers' own, while weights are loaded
+    disable_progress_bar()  # transformers' own, while weights are loaded
     failed = 0
     for record in make_heatmaps(
         sources, args.head, args.out, options, encoder=args.model, reading=reading

@@ -177,8 +177,8 @@ def _embed(
     from .predict import head_encoder, head_geometry
 
     loaded = head_encoder(model, encoder, reading)
-    names = ", ".join(source.slide_id for source in missing[:3])
-    logger.info("%d slides without a bag in %s (%s): embedding them", len(missing), bags, names)
+    names = ", ".join(source.slide_id for source in missing[:3]) + ", ..." * (len(missing) > 3)
+    logger.info("embedding %d without a bag in %s: %s", len(missing), bags, names)
     summary = embed_slides(missing, bags, loaded, head_geometry(model.config, reading))
     without = {}
     for record in summary.records:

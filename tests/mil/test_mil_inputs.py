@@ -1,0 +1,96 @@
+"""What a study refuses before it reads a bag, what it warns of, and what its ROC picture counts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from xmag_hf.embedding import EmbedError
+from xmag_hf.mil import HeadOptions, MILError, StudyOptions, run_study
+from xmag_hf.mil.folds import warn_rare
+from xmag_hf.mil.labels import Cohort
+from xmag_hf.mil.pictures import draw_roc
+from xmag_hf.mil.predictions import CohortPredictions, FoldPredictions
+
+HEADER = "slide_id,patient_id,label\n"
+
+
+def labels_of(path: Path, classes: str) -> Path:
+    """A slide for each letter, which is its class; each of its own patient."""
+    lines = [f"s{number},p{number},{name}\n" for number, name in enumerate(classes)]
+    path.write_text(HEADER + "".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"external_bags": ("none",)}, "none: no folder of bags"),
+        ({"external_bags": ("bags", "bags")}, "2 folders for 1 of BAGS"),
+        ({"folds_csv": "labels.csv"}, "no column fold"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"external_labels": "ragged.csv"}, "not as many fields"),
+    ],
+)
+def test_refused_before_a_bag_is_read(tmp_path, monkeypatch, more, words) -> None:
+    """A bag that cannot be read would only be left out, and told to `advance`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bags").mkdir()
+    for number in range(4):
+        (tmp_path / "bags" / f"s{number}.h5").write_bytes(b"no bag")
+    labels_of(tmp_path / "labels.csv", "abab")
+    (tmp_path / "ragged.csv").write_text(HEADER + "s1,p1\n")
+    given = {"external_labels": "labels.csv", "external_bags": ("bags",), **more}
+    options = StudyOptions(labels="labels.csv", out="study", **given)
+    with pytest.raises((MILError, EmbedError), match=words):
+        run_study([Path("bags")], options, HeadOptions(), pytest.fail)
+    assert {path.name for path in tmp_path.iterdir()} == {"bags", "labels.csv", "ragged.csv"}
+
+
+def cohort_of(classes: str, patients: list[str]) -> Cohort:
+    names = tuple(sorted(set(classes)))
+    return Cohort(
+        name="internal",
+        slide_ids=np.array([f"s{number}" for number in range(len(classes))]),
+        patient_ids=np.array(patients),
+        labels=np.array([names.index(name) for name in classes]),
+        classes=names,
+        bags=(),
+        exclusions=(),
+    )
+
+
+def test_classes_with_fewer_patients_than_folds_are_told_once(caplog) -> None:
+    """Patients count, not slides: class b has four slides of two patients."""
+    patients = ["p0", "p1", "p2", "p3", "p4", "p4", "p5", "p5", "p6"]
+    cohort = cohort_of("aaaabbbbc", patients)
+    with caplog.at_level(logging.WARNING):
+        warn_rare(cohort, 4)
+    (record,) = caplog.records
+    told = record.getMessage()
+    assert "class 'b' has 2 patients, class 'c' has 1 patient for 4 folds" in told
+    assert "'a'" not in told
+    caplog.clear()
+    warn_rare(cohort_of("aabb", ["p0", "p1", "p2", "p3"]), 2)
+    assert not caplog.records
+
+
+def test_roc_says_how_many_slides_are_of_the_class(tmp_path, monkeypatch) -> None:
+    labels = np.array([1, 0, 0, 0, 1, 0])
+    scores = np.linspace(0.1, 0.9, 6)
+    probabilities = np.column_stack([1 - scores, scores])
+    folds = (FoldPredictions("0", np.arange(6), probabilities),)
+    cohort = CohortPredictions(np.arange(6).astype(str), None, labels, probabilities, folds)
+    drawn: list[Figure] = []
+    monkeypatch.setattr("xmag_hf.mil.pictures.save_picture", lambda figure, _: drawn.append(figure))
+    draw_roc({"internal": cohort}, ("benign", "malignant"), tmp_path / "roc.png", title="t")
+    (axis,) = drawn[0].axes
+    assert axis.get_title() == "internal: malignant (2 slides) against the rest (4 slides)"
+    legend = axis.get_legend()
+    assert legend is not None
+    # Of the 8 pairs of a malignant slide (0.1, 0.74) with another, three are in the right order.
+    assert [text.get_text() for text in legend.get_texts()] == ["fold 0: 0.375", "all folds: 0.375"]
