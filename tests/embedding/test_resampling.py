@@ -36,11 +36,9 @@ def placed(slide: Slide, xy: tuple[float, float], n: int, mpp: float, level_step
 PLACES = [(0.0, 0.0), (101.25, 50.5), (-20.0, 30.0), (470.3, 499.9), (560.0, 570.0)]
 
 
-@pytest.mark.parametrize("step", [4.0, 1.981, 1.0, 0.91])
-def test_as_the_slide_reads_regions(harsh, step):
-    n = 32
-    resampler = Resampler(torch.device("cpu"), n)
-    with open_slide(harsh) as slide:
+def windows_of(path: Path, n: int, step: float):
+    """Windows at PLACES, where they lie, and the regions as the slide itself reads them."""
+    with open_slide(path) as slide:
         side, _ = window_shape(step, n)
         # What windows do not hold is rubbish that must not be seen.
         windows = np.random.default_rng(1).integers(0, 256, (5, side, side, 3)).astype(np.uint8)
@@ -50,6 +48,14 @@ def test_as_the_slide_reads_regions(harsh, step):
             fill_from_slide(window, slide, level, across, down)
             places.append((across, down))
         expected = [slide.read_region(xy, n, 0.5 * step, allow_coarse=True) for xy in PLACES]
+    return windows, places, expected
+
+
+@pytest.mark.parametrize("step", [4.0, 1.981, 1.0, 0.91])
+def test_as_the_slide_reads_regions(harsh, step):
+    n = 32
+    resampler = Resampler(torch.device("cpu"), n)
+    windows, places, expected = windows_of(harsh, n, step)
     by_pillow = resampler(windows, places)  # on a CPU
     by_products = resampler.products(torch.from_numpy(windows), places).numpy()
     for pixels in (by_pillow, by_products):
@@ -100,15 +106,7 @@ def test_when_the_devices_memory_runs_out_no_patch_is_lost(harsh, monkeypatch, r
     """`room` windows fit at once; what does not fit even alone is done by the CPU."""
     n, step = 32, 1.981
     resampler = Resampler(torch.device("cpu"), n)
-    with open_slide(harsh) as slide:
-        side, _ = window_shape(step, n)
-        windows = np.zeros((5, side, side, 3), np.uint8)
-        places = []
-        for window, xy in zip(windows, PLACES, strict=True):
-            level, across, down = placed(slide, xy, n, 0.5 * step, step)
-            fill_from_slide(window, slide, level, across, down)
-            places.append((across, down))
-        expected = [slide.read_region(xy, n, 0.5 * step, allow_coarse=True) for xy in PLACES]
+    windows, places, expected = windows_of(harsh, n, step)
     sizes = []
 
     def at_once(some, where, stream):
