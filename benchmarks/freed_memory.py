@@ -30,7 +30,11 @@ from rich.table import Table
 from xmag_hf.host_memory import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
-WORK = {"encode, batch 32": (32, False), "encode, batch 64": (64, False), "train": (32, True)}
+WORK = {
+    "encode, batch 32": (32, False),
+    "encode, batch 64": (64, False),
+    "forward and backward": (32, True),
+}
 
 
 def main() -> None:

@@ -61,6 +61,8 @@ def main() -> None:
         for row in args.rows:
             train(args, row)
     found = {row: read(args.out / folder_name(row)) for row in ROWS}
+    if not any(found.values()):
+        raise SystemExit(f"{args.out}: no row is finished; leave --score-only out")
     results = summarise({row: scored for row, scored in found.items() if scored})
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
     table = as_table(results)
@@ -173,7 +175,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     away = [results["rows"][name]["difference"] for name in names]
     figure, axes = plt.subplots(figsize=(7, 0.35 * len(names) + 1.2), layout="constrained")
     if results["chance"] is not None:
-        axes.axvspan(-results["chance"], results["chance"], color="#dddddd", label="another seed")
+        axes.axvspan(-results["chance"], results["chance"], color="#dddddd", label="one other seed")
         axes.legend(loc="lower right", frameon=False, fontsize=8)
     axes.axvline(0, color="#666666", linewidth=1)
     axes.scatter(away, range(len(names)), color="#0072B2", zorder=3)

@@ -15,6 +15,12 @@ import platform
 
 # <malloc.h> of glibc.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_SAME_IN_ENVIRONMENT = (
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+)
 _LARGEST_INT = 2**31 - 1
 _TOP_PAD = 2**28  # the heap grows by at least this, so seldom
 
@@ -26,11 +32,12 @@ def keep_freed_memory() -> bool:
     holds what it once needed until it ends, so its resident memory stays near its peak.
 
     Returns:
-        Whether it was set: not where libc is not glibc, nor where the environment already says
-        how malloc shall behave (MALLOC_MMAP_MAX_ and its like, GLIBC_TUNABLES).
+        Whether glibc was told: not where libc is another, nor where the environment already says
+        how malloc shall behave (MALLOC_MMAP_MAX_ and its like, GLIBC_TUNABLES). A malloc that is
+        preloaded in glibc's place does as it likes.
     """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc" in tunables or not os.environ.keys().isdisjoint(_SAME_IN_ENVIRONMENT):
         return False
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_slide import write_dicom
 from pydicom.uid import generate_uid
@@ -122,6 +124,35 @@ def test_a_dicom_series_is_one_slide(dicoms, monkeypatch, reader):
     named = {"a-2.dcm", "b-2.dcm", "broken.dcm", "lone.dcm", "other.tif"}
     assert {name for name, _ in flat} == named and len(flat) == len(named)
     assert all(Path(name).stem == slide_id for name, slide_id in flat)
+
+
+def test_folders_of_one_name_name_no_slide(tmp_path):
+    for patient in ("patient1", "patient2"):
+        (tmp_path / patient / "WSI").mkdir(parents=True)
+        uid = generate_uid()
+        for name, side in (("1", 300), ("2", 600)):
+            pixels = np.full((side, side, 3), 200, np.uint8)
+            file = tmp_path / patient / "WSI" / f"{patient}-{name}.dcm"
+            write_dicom(file, pixels, 300 / side, series=uid)
+    assert {row.slide_id for row in find_slides([tmp_path])} == {"patient1-2", "patient2-2"}
+    assert [row.slide_id for row in find_slides([tmp_path / "patient1"])] == ["WSI"]
+
+
+@pytest.mark.parametrize("reader", ["pydicom", "openslide"])
+def test_a_dicom_file_that_is_no_slide_does_not_rename_the_one_beside_it(
+    dicoms, tmp_path, monkeypatch, reader
+):
+    """An annotation: another series, and no whole slide image."""
+    folder = tmp_path / "case"
+    shutil.copytree(dicoms / "case", folder)
+    note = pydicom.dcmread(folder / "1.dcm")
+    note.SOPClassUID = note.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.91.1"
+    note.SeriesInstanceUID = generate_uid()
+    note.save_as(folder / "note.dcm")
+    if reader == "openslide":
+        monkeypatch.setitem(sys.modules, "pydicom.filereader", None)
+    named = [(row.path.name, row.slide_id) for row in find_slides([folder])]
+    assert sorted(named) == [("2.dcm", "case"), ("note.dcm", "note")]
 
 
 def test_a_csv_names_a_dicom_series(dicoms, tmp_path):

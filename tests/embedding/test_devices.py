@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,27 @@ from xmag_hf.embedding import EmbedError, EmbedOptions, SlideSource, embed_slide
 ENCODER = "random:lite"
 OPTIONS = EmbedOptions(threads=1, batch_size=4, preview=False, device="cpu", features="float32")
 TWO = EmbedOptions(threads=1, batch_size=4, preview=False, device="cpu,cpu", features="float32")
+
+
+# begin_child is called by a pool's initializer; then the parent kills itself.
+ORPHAN = """
+import concurrent.futures, multiprocessing, os, signal, time
+from xmag_hf.child_process import begin_child
+context = multiprocessing.get_context("spawn")
+pool = concurrent.futures.ProcessPoolExecutor(1, context, begin_child, (1,))
+print(pool.submit(os.getpid).result(), flush=True)
+pool.submit(time.sleep, 600)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie whose new parent does not collect it is dead, too.
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +95,26 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on_later(tmp_path, s
     assert sum(again.counts.values()) == 5
 
 
-def test_a_device_that_is_not_there_is_named(tmp_path, sources):
-    options = EmbedOptions(preview=False, device="cpu,nonesuch")
-    with pytest.raises(EmbedError, match="--device nonesuch"):
+def test_what_one_process_raises_ends_the_others_after_their_slide(tmp_path, sources):
+    """torch knows the name; that there is no such device is found out in the process."""
+    options = dataclasses.replace(TWO, device="cpu,cuda:99")
+    with pytest.raises(EmbedError, match="--device cuda:99"):
         embed_slides(sources, tmp_path, ENCODER, options)
+    assert not multiprocessing.active_children()
+    assert not list((tmp_path / ".locks").glob("*"))
+
+
+def test_a_process_ends_with_its_parent():
+    """The parent is killed while its child sleeps."""
+    parent = subprocess.run(
+        [sys.executable, "-c", ORPHAN], capture_output=True, text=True, timeout=120
+    )
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    child = int(parent.stdout)
+    deadline = time.monotonic() + 30
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _alive(child)
 
 
 def test_one_slide_takes_the_first_device(tmp_path, sources):

@@ -15,6 +15,7 @@ from xmag_hf.data_builders import CorpusError
 from xmag_hf.embedding.embed import check_sources, embed_slides
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.embedding.records import RunSummary
+from xmag_hf.embedding.run import on_every_gpu
 from xmag_hf.reporting.tables import wide_console
 
 EXAMPLE = "xmag embed slides/*.svs --model xmag_folder --out bags"
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     try:
-        options = read_options(EmbedOptions, args)
+        options = on_every_gpu(read_options(EmbedOptions, args))
         sources = named_sources(args, args.tissue_geojson)
         check_sources(sources)
     except (CorpusError, EmbedError) as error:

@@ -273,7 +273,9 @@ def _dicom_series(paths: Iterable[Path]) -> dict[Path, tuple[Path, str]]:
             largest = max(files, key=lambda file: file.stat().st_size)  # level 0
             name = folder.resolve().name if alone and len(files) > 1 else ""
             found |= dict.fromkeys(files, (largest, name))
-    return found
+    folders = Counter(name for _, name in set(found.values()))
+    # Several folders of one name (patient1/WSI, patient2/WSI) name nothing.
+    return {file: (shown, name * (folders[name] == 1)) for file, (shown, name) in found.items()}
 
 
 def _names(slide: SlideRow) -> tuple[str, ...]:

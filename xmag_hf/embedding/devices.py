@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import multiprocessing
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from xmag_hf.host_memory import keep_freed_memory
+from xmag_hf.child_process import begin_child
 
 from .options import EmbedError, EmbedOptions
 from .records import SlideRecord
@@ -57,7 +59,7 @@ def run_on_devices(
         progress: Called a few times a second.
 
     Raises:
-        EmbedError: As `embed_slides`; or a process died, and which slides are not done.
+        EmbedError: As `embed_slides`; or a process died: names the slides that are not done.
         EncoderError, OSError: As `embed_slides`; the other processes end after their slide.
     """
     context = multiprocessing.get_context("spawn")  # a forked process has no usable GPU
@@ -74,17 +76,16 @@ def run_on_devices(
         if progress is not None and states:
             progress(_summed(len(sources), states))
 
+    level = logging.getLogger("xmag_hf").getEffectiveLevel()
     pool = concurrent.futures.ProcessPoolExecutor(
-        len(devices), context, _start_process, (taken, news, _threads_each(devices))
+        len(devices), context, _start_process, (taken, news, _threads_each(devices), level)
     )
+    pending: set[concurrent.futures.Future[_News]] = set()
     with pool:
         try:
-            pending = {
-                pool.submit(
-                    _work, number, list(sources), out_dir, encoder, replace(options, device=device)
-                )
-                for number, device in enumerate(devices)
-            }
+            for number, device in enumerate(devices):
+                own = replace(options, device=device)
+                pending.add(pool.submit(_work, number, list(sources), out_dir, encoder, own))
             while pending:
                 done, pending = concurrent.futures.wait(pending, POLL_SECONDS)
                 listen()
@@ -92,19 +93,38 @@ def run_on_devices(
                     _hear(future.result(), states, records, facts)
         except BrokenProcessPool as error:
             listen()
-            left = [source.slide_id for source in sources if source.slide_id not in records]
-            raise EmbedError(
-                f"A process on one of {', '.join(devices)} died (killed, or out of host memory); "
-                f"{len(left)} of {len(sources)} slides are not done: {', '.join(left[:5])}"
-                f"{', ...' if len(left) > 5 else ''}. Finished bags stay; run the command again."
-            ) from error
+            raise EmbedError(_died(sources, out_dir, devices, records)) from error
         except BaseException:
             taken.value = len(sources)  # the others end after the slides they have
-            pool.shutdown(cancel_futures=True)
-            listen()
+            while pending:  # and are heard meanwhile: a full queue would hold them for ever
+                _, pending = concurrent.futures.wait(pending, POLL_SECONDS)
+                listen()
             raise
+        finally:
+            if facts:
+                facts["device"] = ",".join(devices)
+                facts["options"]["device"] = options.device
     listen()
-    facts["device"] = ",".join(devices)
+
+
+def _died(
+    sources: Sequence[SlideSource],
+    out_dir: Path,
+    devices: Sequence[str],
+    records: dict[str, SlideRecord],
+) -> str:
+    """What to tell when a process is gone without a word."""
+    left = [
+        source.slide_id
+        for source in sources
+        if source.slide_id not in records and not (out_dir / f"{source.slide_id}.h5").exists()
+    ]
+    return (
+        f"A process on one of {', '.join(devices)} died (killed, out of host memory, or started "
+        'from a program without `if __name__ == "__main__":`); '
+        f"{len(left)} of {len(sources)} slides are not done: {', '.join(left[:5])}"
+        f"{', ...' if len(left) > 5 else ''}. Finished bags stay; run the command again."
+    )
 
 
 def _hear(
@@ -138,11 +158,10 @@ def _threads_each(devices: Sequence[str]) -> int:
 _shared: tuple[Any, Any] = (None, None)  # the counter of taken slides, and the queue of news
 
 
-def _start_process(taken: Any, news: Any, threads: int) -> None:
+def _start_process(taken: Any, news: Any, threads: int, log_level: int) -> None:
     global _shared  # noqa: PLW0603 - what a pool's initializer is for
     _shared = taken, news
-    keep_freed_memory()
-    torch.set_num_threads(threads)
+    begin_child(threads, log_level)
 
 
 def _work(
@@ -150,14 +169,14 @@ def _work(
 ) -> _News:
     """Take slides until there is none; returns all that became of them."""
     taken, news = _shared
-    told = 0
+    told, when = 0, 0.0
 
     def tell(state: EmbedState) -> None:
-        nonlocal told
-        fresh: tuple[SlideRecord, ...] = ()
-        if state.slides_done > told:
-            fresh = tuple(run.records.values())[told:]
-            told = state.slides_done
+        nonlocal told, when
+        if state.slides_done == told and time.monotonic() < when + POLL_SECONDS:
+            return
+        fresh = tuple(run.records.values())[told:] if state.slides_done > told else ()
+        told, when = state.slides_done, time.monotonic()
         news.put(_News(number, replace(state), fresh))
 
     run = start_run(out_dir, encoder, options, tell, slides=len(sources))

@@ -20,7 +20,7 @@ from .options import EmbedError, EmbedOptions
 from .plan import patch_geometry, plan_slide
 from .read import read_patches
 from .records import RunSummary, SlideRecord, recall, write_summary
-from .run import BATCHES_AHEAD, Progress, devices_of, loaded_encoder, patch_encoder, start_run
+from .run import BATCHES_AHEAD, Progress, loaded_encoder, named_devices, patch_encoder, start_run
 from .sources import SlideSource
 
 MAX_ID_BYTES = 200  # with the temporary name's suffix a file name may have 255
@@ -86,8 +86,8 @@ def embed_slides(
 
     A slide with a bag is left alone if the bag is what would be made; several processes may work
     on one folder, and each waits at its end for the slides that another still has. Several devices
-    (`options.device`) get a process each, started anew: a program that calls this needs the usual
-    `if __name__ == "__main__":`.
+    (`options.device`, with commas) get a process each, started anew: a program that calls this
+    needs the usual `if __name__ == "__main__":`.
 
     Args:
         sources: The slides.
@@ -111,16 +111,17 @@ def embed_slides(
     out_dir = Path(out_dir)
     records: dict[str, SlideRecord] = {}
     facts: dict[str, Any] = {}
-    devices = devices_of(options)
+    devices = named_devices(options)[: len(sources)]
     try:
-        if isinstance(encoder, str) and min(len(devices), len(sources)) > 1:
+        if isinstance(encoder, str) and len(devices) > 1:
             run_on_devices(
                 sources, out_dir, encoder, options, devices, records, facts, progress=progress
             )
         else:
-            alone = replace(options, device=devices[0])
+            alone = options if isinstance(encoder, Encoder) else replace(options, device=devices[0])
             run = start_run(out_dir, encoder, alone, progress, slides=len(sources))
             records, facts = run.records, run.facts()
+            facts["options"]["device"] = options.device
             run.finish(sources)
     except BaseException:
         if records:

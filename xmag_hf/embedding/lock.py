@@ -48,8 +48,10 @@ class SlideLock:
         while not self._done.wait(HEARTBEAT_SECONDS):
             try:
                 os.utime(self.path)
-            except OSError:  # taken over or the disk is away; the bag is safe without the lock
+            except FileNotFoundError:  # taken over
                 return
+            except OSError:  # a server that does not answer just now
+                continue
 
 
 def acquire(path: Path) -> SlideLock | None:

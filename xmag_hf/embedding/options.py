@@ -76,8 +76,9 @@ class EmbedOptions:
     device: str = field(
         default="auto",
         metadata={
-            "help": "cpu, cuda, cuda:1, ...; several with commas get a process each, to which "
-            "slides are shared out (cpu,cpu too); auto is every GPU there is, else the CPU"
+            "help": "cpu, cuda, cuda:1, ...; auto takes a GPU if there is. `xmag embed` also takes "
+            "several with commas (cuda:0,cuda:1 or cpu,cpu), a process each, to which slides are "
+            "shared out, and on auto every GPU"
         },
     )
     batch_size: int | None = field(

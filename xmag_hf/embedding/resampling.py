@@ -142,6 +142,18 @@ def concatenated(parts: Sequence[np.ndarray | Tensor]) -> np.ndarray | Tensor:
     return np.concatenate([p.cpu().numpy() if isinstance(p, Tensor) else p for p in parts])
 
 
+def kept(pixels: np.ndarray | Tensor, which: np.ndarray) -> np.ndarray | Tensor:
+    """Some of the patches, (B,) bool: where they lie if there is room for them, else here."""
+    if isinstance(pixels, Tensor):
+        try:
+            return pixels[torch.from_numpy(which)]
+        except RuntimeError as error:
+            if not memory_ran_out(error):
+                raise
+            pixels = pixels.cpu().numpy()
+    return pixels[which]
+
+
 def lanczos_weights(axis: AxisWindow, n_px: int) -> np.ndarray:
     """The contract's kernel for one axis of a window.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -335,33 +335,31 @@ def start_run(
     return run
 
 
-def devices_of(options: EmbedOptions) -> list[str]:
-    """The devices that options mean: those named, else every GPU there is, else the CPU.
+def named_devices(options: EmbedOptions) -> list[str]:
+    """The devices that options name; on auto one, the first GPU if there is one, else the CPU."""
+    if options.device == "auto":
+        return ["cuda" if torch.cuda.is_available() else "cpu"]
+    return [name.strip() for name in options.device.split(",")]
 
-    Raises:
-        EmbedError: A name that torch does not know.
-    """
-    if options.device != "auto":
-        names = [name.strip() for name in options.device.split(",")]
-        for name in names:
-            try:
-                torch.device(name)
-            except RuntimeError as error:
-                raise EmbedError(f"--device {name}: {str(error).splitlines()[0]}") from error
-        return names
+
+def on_every_gpu(options: EmbedOptions) -> EmbedOptions:
+    """The options with every GPU named, if they leave the device open and there are several."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [f"cuda:{number}" for number in range(gpus)] or ["cpu"]
+    if options.device != "auto" or gpus < 2:
+        return options
+    return replace(options, device=",".join(f"cuda:{number}" for number in range(gpus)))
 
 
 def one_device(options: EmbedOptions) -> str:
-    """The device of work that is not shared out: the one named, else the first GPU, else the CPU.
+    """The device of work that is not shared out.
 
     Raises:
         EmbedError: Several are named.
     """
-    if "," in options.device:
+    devices = named_devices(options)
+    if len(devices) > 1:
         raise EmbedError(f"--device {options.device}: this takes one device. Name one of them.")
-    return devices_of(options)[0]
+    return devices[0]
 
 
 def checked_device(name: str) -> str:

@@ -144,7 +144,7 @@ def _only_run(accelerator: Accelerator, out: Path) -> Iterator[None]:
         if accelerator.is_main_process:
             try:
                 held.enter_context(only_writer(out))
-            except MILError as error:
+            except (MILError, OSError) as error:  # told to all: they would wait for this one
                 refused = str(error)
         if accelerator.num_processes > 1:
             refused = gather_object([refused])[0]

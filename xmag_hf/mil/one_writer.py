@@ -30,8 +30,9 @@ def only_writer(out: Path) -> Iterator[None]:
     lock = acquire(path)
     if lock is None:
         raise MILError(
-            f"--out {out}: {describe_holder(path)} is working on it ({path.name}). Wait for it and "
-            "run the same command again, or choose another --out."
+            f"--out {out}: {describe_holder(path)} is working on it ({path.name}). Wait for it "
+            "(two minutes, if it was killed on another machine) and run the same command again, or "
+            "choose another --out."
         )
     try:
         yield

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from xmag_hf._version import __version__
 from xmag_hf.atomic_write import write_atomically
+from xmag_hf.child_process import begin_child
 from xmag_hf.embedding.run import checked_device
 from xmag_hf.encoders import ENCODERS
-from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.hub import HeadCardFacts, render_head_card, save_folder
 from xmag_hf.reporting.records import bare, plain, versions
 
@@ -159,9 +158,9 @@ def run_study(
         OSError: Something cannot be read or written.
     """
     out = Path(options.out).expanduser().resolve()
+    options = with_preset(options) if options.preset else options
+    _check_inputs(bag_folders, options)
     with only_writer(out):
-        options = with_preset(options) if options.preset else options
-        _check_inputs(bag_folders, options)
         plan = _plan(bag_folders, options, head, out, advance)
         return _made(plan, out, advance)
 
@@ -465,9 +464,7 @@ def _train_all(
 
 
 def _start_worker(epochs: Any, threads: int) -> None:
-    keep_freed_memory()
-    disable_progress_bar()
-    torch.set_num_threads(threads)
+    begin_child(threads)
     _WORKER["epochs"] = epochs
 
 
