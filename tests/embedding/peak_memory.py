@@ -15,6 +15,7 @@ from mean_colour import mean_colour
 
 from xmag_hf.embedding import EmbedOptions, SlideSource, embed_slides
 from xmag_hf.embedding.encode import PatchEncoder
+from xmag_hf.host_memory import keep_freed_memory
 
 
 def memory_kib(name: str) -> int:
@@ -25,6 +26,7 @@ def memory_kib(name: str) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `xmag embed` does
     torch.set_num_threads(1)
     encoder = mean_colour(mpp=2.0)
     PatchEncoder(encoder)(np.zeros((32, 224, 224, 3), np.uint8))
