@@ -35,6 +35,9 @@ def test_patterns(folder, monkeypatch):
     for nothing in ("*.scn", "absent.svs"):
         with pytest.raises(CorpusError, match="no such file or folder"):
             find_slides([nothing])
+    (folder / "empty").mkdir()
+    with pytest.raises(CorpusError, match="empty: no slide in this folder"):
+        find_slides(["empty"])
 
 
 def test_csv_by_path_and_by_stem(folder):

@@ -34,6 +34,7 @@ def labels_of(path: Path, classes: str) -> Path:
         ({"folds_csv": "labels.csv"}, "no column fold"),
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"external_labels": "ragged.csv"}, "not as many fields"),
+        ({"external_labels": "nope.csv"}, "nope.csv: no such CSV file"),
     ],
 )
 def test_refused_before_a_bag_is_read(tmp_path, monkeypatch, more, words) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -160,10 +161,18 @@ def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
     assert answer.prediction is None and "none" in answer.reason
 
 
-@pytest.mark.parametrize("what", ["nothing", "encoder", "no weights"])
+@pytest.mark.parametrize("what", ["nothing", "empty", "study", "encoder", "no weights"])
 def test_what_is_no_head(head, tmp_path, what):
+    """A name that is no folder is not looked for on the Hub, which may be out of reach."""
     folder = tmp_path / "model"
     words = "no head there that loads"
+    if what == "nothing":
+        words = f"no such folder. If it is on the Hub: --head hf:{folder}"
+    if what == "empty":
+        folder.mkdir()
+    if what == "study":
+        shutil.copytree(head, folder / "head")
+        words = f"is a study. Its head is in it: --head {folder / 'head'}"
     if what == "encoder":
         config = XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
         XMAGModel(config).save_pretrained(folder)

@@ -80,8 +80,9 @@ def find_slides(patterns: Iterable[str | os.PathLike[str]]) -> list[SlideRow]:
         else:
             hits = sorted(Path(hit) for hit in glob.glob(str(pattern), recursive=True))
         if not hits:
+            what = "no slide in this folder" if path.is_dir() else "no such file or folder"
             raise CorpusError(
-                f"{pattern}: no such file or folder. Give files, globs, or folders with "
+                f"{pattern}: {what}. Give files (PNG and JPEG too), globs, or folders with "
                 f"{' '.join(SLIDE_SUFFIXES)}."
             )
         found.update(dict.fromkeys(hits))

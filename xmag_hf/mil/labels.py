@@ -127,9 +127,11 @@ def read_lines(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, 
     """(line number, column -> text) of a CSV that has `columns`; blanks around text are dropped.
 
     Raises:
-        MILError: A column is missing, no lines, or one with another number of fields.
+        MILError: No such file, a column is missing, no lines, or one with another number of fields.
         OSError: The file cannot be read.
     """
+    if not Path(path).is_file():
+        raise MILError(f"{path}: no such CSV file.")
     with Path(path).open(newline="", encoding="utf-8-sig") as stream:
         try:
             reader = csv.DictReader(stream)

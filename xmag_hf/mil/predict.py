@@ -59,7 +59,7 @@ def load_head(where: str | Path) -> Any:
     """Load a head: attention, mean pool, or encoder and head trained end to end.
 
     Args:
-        where: A folder, or `hf:ORG/NAME` (or ORG/NAME where no such folder is).
+        where: A folder, or `hf:ORG/NAME`; only the latter is looked for on the Hub.
 
     Returns:
         The model, in eval mode, on the CPU.
@@ -70,6 +70,13 @@ def load_head(where: str | Path) -> Any:
     from transformers import AutoConfig, AutoModel
 
     name = str(where).removeprefix(HUB_PREFIX)
+    if name == str(where) and not Path(name).is_dir():
+        raise MILError(
+            f"--head {where}: no such folder. If it is on the Hub: --head {HUB_PREFIX}{where}"
+        )
+    inner = Path(name) / "head"
+    if (inner / "config.json").is_file() and not (Path(name) / "config.json").exists():
+        raise MILError(f"--head {where}: is a study. Its head is in it: --head {inner}")
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in HEAD_TYPES:
