@@ -10,7 +10,7 @@ import torch
 from lanczos_reference import lanczos3
 from tiled_tiff import write_tiff
 
-from xmag_hf.embedding.resampling import Resampler, concatenated, kept, lanczos_weights
+from xmag_hf.embedding.resampling import Resampler, concatenated, lanczos_weights, selected
 from xmag_hf.slides import Slide, open_slide
 from xmag_hf.slides.windows import AxisWindow, axis_window, fill_from_slide, window_shape
 
@@ -140,16 +140,16 @@ def test_patches_on_the_device_and_off_it_are_joined_in_order():
     assert joined[:, 0, 0, 0].tolist() == [1, 1, 2]
 
 
-def test_patches_are_kept_where_they_lie_or_here():
+def test_patches_are_selected_where_they_lie_or_here():
     pixels = torch.arange(3, dtype=torch.uint8)[:, None].expand(3, 2)
     which = np.array([True, False, True])
-    assert kept(pixels, which)[:, 0].tolist() == [0, 2]
-    assert isinstance(kept(pixels, which), torch.Tensor)
+    assert selected(pixels, which)[:, 0].tolist() == [0, 2]
+    assert isinstance(selected(pixels, which), torch.Tensor)
 
     class Full(torch.Tensor):
         def __getitem__(self, which):
             raise torch.OutOfMemoryError("pretended")
 
-    here = kept(pixels.as_subclass(Full), which)
+    here = selected(pixels.as_subclass(Full), which)
     assert isinstance(here, np.ndarray)
     assert here[:, 0].tolist() == [0, 2]

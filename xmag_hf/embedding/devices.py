@@ -179,7 +179,7 @@ def _work(
         told, when = state.slides_done, time.monotonic()
         news.put(_News(number, replace(state), fresh))
 
-    run = start_run(out_dir, encoder, options, tell, slides=len(sources))
+    run = start_run(out_dir, encoder, options, tell)  # how many slides there are, the parent knows
     news.put(_News(number, run.state, (), run.facts()))
     run.finish(_taken_in_turn(sources, taken))
     return _News(number, run.state, tuple(run.records.values()), run.facts())

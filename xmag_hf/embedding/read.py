@@ -27,7 +27,7 @@ from xmag_hf.slides.tissue import MASK_MPP
 from xmag_hf.slides.windows import fill_from_slide
 
 from .plan import SlidePlan
-from .resampling import Resampler, concatenated, kept
+from .resampling import Resampler, concatenated, selected
 from .sources import IMAGE_VENDOR, open_source
 
 RUN = 8  # neighbours in a row that one thread reads: they share tiles
@@ -183,7 +183,7 @@ class _Reading:
             patch = pixels[i].cpu().numpy() if isinstance(pixels, Tensor) else pixels[i]
             share = _coloured_share(patch, plan.geometry.input_mpp, plan.saturation)
             good[i] = share >= plan.least_tissue and share > 0
-        return (rows, pixels) if good.all() else (rows[good], kept(pixels, good))
+        return (rows, pixels) if good.all() else (rows[good], selected(pixels, good))
 
     def _mine(self, name: str, make: Callable[[], Any]) -> Any:
         """This thread's own."""

@@ -142,7 +142,7 @@ def concatenated(parts: Sequence[np.ndarray | Tensor]) -> np.ndarray | Tensor:
     return np.concatenate([p.cpu().numpy() if isinstance(p, Tensor) else p for p in parts])
 
 
-def kept(pixels: np.ndarray | Tensor, which: np.ndarray) -> np.ndarray | Tensor:
+def selected(pixels: np.ndarray | Tensor, which: np.ndarray) -> np.ndarray | Tensor:
     """Some of the patches, (B,) bool: where they lie if there is room for them, else here."""
     if isinstance(pixels, Tensor):
         try:
