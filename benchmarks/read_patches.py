@@ -8,9 +8,10 @@ grey levels, are to the contract's pixels (`Slide.read_region`, which reads thro
 
     taskset -c 0 python benchmarks/read_patches.py colon_40x.tif colon_adenoma_20x.tif
 
-cuCIM's rows need `pip install cucim-cu12` (Linux; it brings CUDA's libraries). With `--student
-FOLDER` the table has a column more: how far the features of each way's pixels lie from those of the
-contract's, as the mean cosine after the mean feature over the patches is subtracted.
+cuCIM's rows need `pip install cucim-cu12` (Linux; it brings CUDA's libraries), in this environment
+or in one of its own, named by `--cucim-python`. With `--student FOLDER` the table has a column
+more: how far the features of each way's pixels lie from those of the contract's, as the mean cosine
+after the mean feature over the patches is subtracted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from xmag_hf.embedding.read import read_patches
 from xmag_hf.embedding.resampling import Resampler
 from xmag_hf.embedding.sources import SlideSource
 from xmag_hf.encoders import load_encoder
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.slides import open_slide
 from xmag_hf.slides.windows import axis_window, window_shape
 
@@ -129,11 +131,11 @@ def centred_cosine(features: np.ndarray, others: np.ndarray) -> float:
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean())
 
 
-def show(path: Path, repeats: int, student: PatchEncoder | None) -> Table:
+def show(path: Path, repeats: int, student: PatchEncoder | None, cucim_python: str) -> Table:
     """Measure a slide and lay out what came out."""
     plan, slow = plans(path)
     job = job_of(path, plan)
-    command = [sys.executable, str(Path(reading_ways.__file__))]
+    command = [cucim_python, str(Path(reading_ways.__file__))]
     seconds: dict[str, tuple[list[float], list[float]]] = {}
     patches: dict[str, np.ndarray | None] = {}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cucim:
@@ -188,14 +190,18 @@ def main() -> None:
     parser.add_argument("slides", nargs="+", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--student", help="an encoder at 2 um/px, for the cosine")
+    parser.add_argument(
+        "--cucim-python", default=sys.executable, help="a Python that has cuCIM and this package"
+    )
     args = parser.parse_args()
+    keep_freed_memory()  # as every command does
     torch.set_num_threads(1)
     student = None
     if args.student:
         encoder = load_encoder(args.student, device=torch.device("cpu"), precision="fp32")
         student = PatchEncoder(encoder)
     for path in args.slides:
-        Console(width=130).print(show(path, args.repeats, student))
+        Console(width=130).print(show(path, args.repeats, student, args.cucim_python))
 
 
 if __name__ == "__main__":

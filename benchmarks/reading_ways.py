@@ -20,6 +20,7 @@ import openslide
 import simplejpeg
 from PIL import Image
 
+from xmag_hf.host_memory import keep_freed_memory
 from xmag_hf.slides import resample
 from xmag_hf.slides.jpeg_tiles import JpegLevel, decode_tile
 from xmag_hf.slides.windows import AxisWindow, resample_windows
@@ -269,6 +270,7 @@ CUCIM_WAYS: dict[str, Way] = {
 
 def serve() -> None:
     """Answer (name, job, resampled) with (seconds, patches) until the input ends."""
+    keep_freed_memory()
     answers = sys.stdout.buffer
     pickle.dump(CuImage is not None, answers)
     answers.flush()
