@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -46,6 +47,44 @@ def test_there_and_back(tmp_path, bags, layout, capsys):
     assert main(command) == 1  # nothing is replaced unasked
     assert "--overwrite" in capsys.readouterr().out
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_um_px_slide_by_slide(tmp_path, bags, capsys):
+    """STAMP's um become each slide's own pixels; one um/px for all would misplace the others."""
+    for name, mpp0 in (("s0", 0.25), ("s1", 0.5)):
+        bag = read_bag(bags / f"{name}.h5")
+        write_bag(bags / f"{name}.h5", replace(bag, info=replace(bag.info, mpp0=mpp0)))
+    assert main(["bags", "export", str(bags), "--to", "stamp", "--out", str(tmp_path / "s")]) == 0
+    table = tmp_path / "slides.csv"
+    table.write_text("slide_id,mpp\ns0,0.25\ns1,0.5\n")
+    command = ["bags", "import", str(tmp_path / "s"), "--from", "stamp", "--pooling", "cls"]
+    there = ["--out", str(tmp_path / "back")]
+    capsys.readouterr()
+    assert main([*command, *there, "--slides-csv", str(table)]) == 0
+    for path in bags.iterdir():
+        one, other = read_bag(path), read_bag(tmp_path / "back" / path.name)
+        assert (one.coords == other.coords).all() and one.info.mpp0 == other.info.mpp0
+    printed = capsys.readouterr().out
+    assert "not known: encoder_revision;" in printed and "--encoder-revision" in printed
+    assert "was taken for all" not in printed
+    table.write_text("slide_id,mpp\ns0,0.25\n")
+    more = [*there, "--overwrite"]
+    assert main([*command, *more, "--slides-csv", str(table)]) == 1
+    assert "has no mpp for s1" in capsys.readouterr().out
+    assert main([*command, *more, "--mpp0", "0.25"]) == 0
+    assert "0.25 um/px was taken for all 2 slides" in capsys.readouterr().out
+    for text, words in (
+        ("slide_id,mpp\ns0,-1\n", "must be above 0"),
+        ("slide_id,mpp\ns0,\n", "no line has an mpp"),
+        ("slide_id,mpp\n,1\n", "neither `slide` nor"),
+    ):
+        table.write_text(text)
+        with pytest.raises(SystemExit):
+            main([*command, *more, "--slides-csv", str(table)])
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, *more, "--slides-csv", str(table), "--mpp0", "0.25"])
+    assert "in place of --mpp0" in capsys.readouterr().err
 
 
 def test_one_bad_file_does_not_stop_the_rest(tmp_path, bags, capsys):

@@ -21,6 +21,7 @@ import tifffile
 from datasets import load_dataset
 from lanczos_reference import expected_region
 from PIL import Image
+from process_state import process_runs
 from tiled_tiff import write_tiff
 
 from xmag_hf.data_builders import CorpusError, CorpusOptions, SlideRow
@@ -325,6 +326,38 @@ if slow == "slow":  # time to be killed between the slides
 options = CorpusOptions(codec="png", max_shard_mb=1)
 build.build_corpus([SlideRow(Path(s)) for s in slides], out, options)
 """
+
+
+# Workers import this file anew; the first to work tells its pid and is busy for ever.
+ORPHANED = """
+import os, sys, time
+from pathlib import Path
+from xmag_hf.data_builders import CorpusOptions, SlideRow
+from xmag_hf.data_builders import build
+out, slide = sys.argv[1:]
+def write_slide(*args):
+    Path(out + ".pid").write_text(f"{os.getpid()} ")
+    time.sleep(600)
+build.write_slide = write_slide
+if __name__ == "__main__":
+    build.build_corpus([SlideRow(Path(slide))], out, CorpusOptions(), workers=2)
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path, cmu_slide):
+    script, told = tmp_path / "orphaned.py", tmp_path / "out.pid"
+    script.write_text(ORPHANED)
+    command = [sys.executable, str(script), str(tmp_path / "out"), str(cmu_slide)]
+    parent = subprocess.Popen(command)
+    deadline = time.monotonic() + 60
+    while not (told.exists() and told.read_text().endswith(" ")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker = int(told.read_text())
+    parent.kill()
+    parent.wait()
+    while process_runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not process_runs(worker)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, cmu_slide, small_slides):

@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from process_state import process_runs
 from tiled_tiff import write_tiff
 
 from xmag_hf.embedding import EmbedError, EmbedOptions, SlideSource, embed_slides, read_bag
@@ -33,15 +33,6 @@ print(pool.submit(os.getpid).result(), flush=True)
 pool.submit(time.sleep, 600)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A zombie whose new parent does not collect it is dead, too.
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +103,9 @@ def test_a_process_ends_with_its_parent():
     assert parent.returncode == -signal.SIGKILL, parent.stderr
     child = int(parent.stdout)
     deadline = time.monotonic() + 30
-    while _alive(child) and time.monotonic() < deadline:
+    while process_runs(child) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not _alive(child)
+    assert not process_runs(child)
 
 
 def test_one_slide_takes_the_first_device(tmp_path, sources):

@@ -60,7 +60,7 @@ def studies(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def result(studies):
-    return compare_studies(studies, CompareOptions(samples=200))
+    return compare_studies(studies, CompareOptions(by_patient=False, samples=200))
 
 
 def pooled(path: Path, cohort: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -146,7 +146,9 @@ def test_holm_over_the_pairs_of_each_cohort_and_test(result) -> None:
 
 
 def test_one_pair_is_not_adjusted(studies) -> None:
-    result = compare_studies(studies[:2], CompareOptions(samples=50, cohort="far"))
+    result = compare_studies(
+        studies[:2], CompareOptions(by_patient=False, samples=50, cohort="far")
+    )
     assert len(result.tests) == 4 and all(np.isnan(t.p_holm) for t in result.tests)
     assert "Holm" not in " ".join(result.remarks)
 
@@ -170,10 +172,14 @@ def test_patients_are_drawn_whole(studies) -> None:
     )
     names = {t.test.test for t in by_patient.tests}
     assert names == {"bootstrap (clustered)", "F1 bootstrap (clustered)"}
-    assert any("--by-patient" in line for line in by_slide.remarks)
-    assert not any("--by-patient" in line for line in by_patient.remarks)
+    assert any("--no-by-patient" in line for line in by_slide.remarks)
+    assert not any("--no-by-patient" in line for line in by_patient.remarks)
     assert by_patient.scores[0].interval.estimate == by_slide.scores[0].interval.estimate
     assert by_patient.scores[0].interval != by_slide.scores[0].interval
+    # Where patients have several slides they are drawn without being asked for.
+    unasked = compare_studies(studies[:2], CompareOptions(**options))
+    assert unasked.tests == by_patient.tests and unasked.scores == by_patient.scores
+    assert [cohort.drawn for cohort in unasked.cohorts] == ["patients"]
 
 
 def test_stratified_draws_keep_class_sizes(tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_stratified_draws_keep_class_sizes(tmp_path: Path) -> None:
     lone = next(row for row in table(1.5, 4, external=0) if row[4] == "other")
     folders = [write(tmp_path / name, [*rows, lone]) for name in ("a", "b")]
     free, kept = (
-        compare_studies(folders, CompareOptions(samples=100, stratify=stratify))
+        compare_studies(folders, CompareOptions(by_patient=False, samples=100, stratify=stratify))
         for stratify in (False, True)
     )
     assert free.scores[0].interval.redrawn > 0
@@ -256,6 +262,8 @@ def test_command(studies, tmp_path: Path, capsys) -> None:
         "theirs",
     ]
     assert run_verb("compare", arguments) == 0
+    assert "bootstrap (clustered)" in (told := capsys.readouterr().out) and "DeLong" not in told
+    assert run_verb("compare", [*arguments, "--no-by-patient"]) == 0
     assert "DeLong" in capsys.readouterr().out
     assert run_verb("compare", [names[0], "--out", str(tmp_path / "one")]) == 1
     assert "one study only" in capsys.readouterr().err

@@ -272,8 +272,10 @@ def test_command_on_a_stored_bag(embedded: Path, capsys, monkeypatch) -> None:
 
 def test_command_embeds_what_has_no_bag(embedded: Path, capsys) -> None:
     """No --bags: the head's encoder is needed once, and its bags are kept beside the maps."""
-    assert run_heatmap(embedded) == 1
-    assert "--model" in capsys.readouterr().err
+    assert run_heatmap(embedded, "--bags", str(embedded / "bagz")) == 1
+    told = capsys.readouterr().err
+    assert f"tissue: no bag in {embedded / 'bagz'}, which is not there" in told
+    assert "--model" in told
     glass = np.full((1000, 1000, 3), 242, np.uint8)
     write_tiff(embedded / "slides" / "glass.tif", [glass], mpp=0.5)
     assert run_heatmap(embedded, "--model", "random:tiny", "--overlap", "112") == 0

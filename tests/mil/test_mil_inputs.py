@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from xmag_hf.embedding import EmbedError
 from xmag_hf.mil import HeadOptions, MILError, StudyOptions, run_study
 from xmag_hf.mil.folds import warn_rare
-from xmag_hf.mil.labels import Cohort
+from xmag_hf.mil.labels import Cohort, LabelRow, class_names, join
 from xmag_hf.mil.pictures import draw_roc
 from xmag_hf.mil.predictions import CohortPredictions, FoldPredictions
 
@@ -50,6 +50,23 @@ def test_refused_before_a_bag_is_read(tmp_path, monkeypatch, more, words) -> Non
     with pytest.raises((MILError, EmbedError), match=words):
         run_study([Path("bags")], options, HeadOptions(), pytest.fail)
     assert {path.name for path in tmp_path.iterdir()} == {"bags", "labels.csv", "ragged.csv"}
+
+
+def test_measurements_are_no_classes() -> None:
+    ages = [LabelRow(f"s{n}", f"p{n}", f"{40 + n / 3:.2f}") for n in range(20)]
+    with pytest.raises(MILError, match="20 values .* in 20 slides are measurements"):
+        class_names(ages)
+    grades = [LabelRow(f"s{n}", f"p{n}", ("0.5", "1.0", "nan")[n % 3]) for n in range(20)]
+    assert class_names(grades) == ("0.5", "1.0", "nan")
+
+
+def test_a_slide_id_with_the_files_ending_is_explained(tmp_path) -> None:
+    """The bags are called SLIDE_ID.h5, whatever the slides' files were."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.h5").write_bytes(b"no bag")
+    rows = [LabelRow(f"{name}.svs", name, name) for name in "ab"]
+    with pytest.raises(MILError, match=r"a\.h5 is there: call it a in the CSV"):
+        join("internal", rows, [tmp_path], ("a", "b"))
 
 
 def cohort_of(classes: str, patients: list[str]) -> Cohort:

@@ -124,6 +124,41 @@ def test_bags_to_csv_and_bad_ones_do_not_end_the_run(head, tmp_path, capsys):
         assert f"{more[0]} is none" in capsys.readouterr().err
 
 
+def test_slides_of_the_training_are_named(tmp_path, head, capsys):
+    """Fold 1's head, published, knows the slides of the others; elsewhere nothing is known."""
+    study, bags = tmp_path / "study", tmp_path / "bags"
+    for name in ("head", "heads/fold-0"):
+        shutil.copytree(head, study / name)
+    (study / "results.json").write_text('{"published_fold": 1}')
+    (study / "folds.csv").write_text("slide_id,patient_id,label,fold\none,p,a,0\ntwo,q,b,1\n")
+    bags.mkdir()
+    for name in ("one", "two", "new"):
+        write_bag(bags / f"{name}.h5", bag_of(name))
+    out = tmp_path / "p.csv"
+    for where, known in (("head", "one"), ("heads/fold-0", "two")):
+        assert main(["predict", str(bags), "--head", str(study / where), "--out", str(out)]) == 0
+        assert f"1 of 3 slides belong to the training of this head ({known})" in (
+            capsys.readouterr().err
+        )
+    for damage in ("{", "{}"):
+        (study / "results.json").write_text(damage)
+        assert main(["predict", str(bags), "--head", str(study / "head"), "--out", str(out)]) == 0
+        assert "training" not in capsys.readouterr().err
+    assert main(["predict", str(bags), "--head", str(head), "--out", str(out)]) == 0
+    assert "training" not in capsys.readouterr().err
+
+
+def test_only_predictions_are_replaced(tmp_path, head, capsys):
+    bag, labels = tmp_path / "s.h5", tmp_path / "labels.csv"
+    write_bag(bag, bag_of("s"))
+    labels.write_text("slide_id,label\ns,a\n")
+    assert main(["predict", str(bag), "--head", str(head), "--out", str(labels)]) == 1
+    assert "holds no predictions" in capsys.readouterr().err
+    assert labels.read_text() == "slide_id,label\ns,a\n"
+    for _ in range(2):
+        assert main(["predict", str(bag), "--head", str(head), "--out", str(tmp_path / "p")]) == 0
+
+
 def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
     """Slide -> CSV equals embedding by hand and asking the head."""
     torch.manual_seed(0)

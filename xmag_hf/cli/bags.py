@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
-from xmag_hf.embedding.bag import BagError, read_bag, write_bag
+from xmag_hf.data_builders import CorpusError
+from xmag_hf.data_builders.slide_list import read_mpp
+from xmag_hf.embedding.bag import IDENTITY, BagError, read_bag, write_bag
 from xmag_hf.embedding.exchange import FORMATS, export_bag, find_files, import_bag
 
 EXAMPLE = "xmag bags export bags --to stamp --out stamp_features"
@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known.add_argument("--mpp", type=float, metavar="F", help="um/px of the patches")
     known.add_argument("--patch-px", type=int, metavar="PX", help="side of a patch, px at --mpp")
     known.add_argument("--mpp0", type=float, metavar="F", help="um/px of the slides' level 0")
+    known.add_argument(
+        "--slides-csv",
+        type=Path,
+        metavar="F",
+        help="columns slide_id, mpp: um/px of level 0 slide by slide, where they differ",
+    )
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -35,36 +41,51 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     wanted, unwanted = ("to", "source") if args.action == "export" else ("source", "to")
     if getattr(args, wanted) is None or getattr(args, unwanted) is not None:
         parser.error(f"{args.action} takes {'--to' if wanted == 'to' else '--from'}, not the other")
+    if args.slides_csv and (args.mpp0 is not None or args.action == "export"):
+        parser.error("--slides-csv is for import, in place of --mpp0")
     try:
         files = find_files(args.bags, args.source or "")
-    except BagError as error:
+        mpp0 = None if args.slides_csv is None else read_mpp(args.slides_csv)
+    except (BagError, CorpusError) as error:
         parser.error(str(error))
-    console = Console()
     lost: dict[str, int] = {}
     failed = 0
     for path in files:
         try:
-            for name in _convert(path, args):
+            for name in (
+                _export(path, args) if args.action == "export" else _import(path, args, mpp0)
+            ):
                 lost[name] = lost.get(name, 0) + 1
         except (BagError, PermissionError, FileNotFoundError) as error:
             failed += 1
-            console.print(f"failed: {error}", markup=False, soft_wrap=True)
-    done = f"{len(files) - failed} of {len(files)} bags in {args.out}"
-    console.print(done, markup=False, soft_wrap=True)
-    if lost:
-        console.print(f"{args.to} cannot hold: {', '.join(lost)}", markup=False, soft_wrap=True)
+            print(f"failed: {error}")
+    print(f"{len(files) - failed} of {len(files)} bags in {args.out}")
+    if lost and args.action == "export":
+        print(f"{args.to} cannot hold: {', '.join(lost)}")
+    elif lost:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
+        print(f"not known: {', '.join(lost)}; heads compare them. If you know them: {flags}")
+    if args.mpp0 is not None and len(files) > 1:
+        print(f"{args.mpp0:g} um/px was taken for all {len(files)} slides; if not: --slides-csv")
     return 1 if failed else 0
 
 
-def _convert(path: Path, args: argparse.Namespace) -> list[str]:
-    """Convert one file; returns what is lost."""
-    if args.action == "export":
-        return export_bag(read_bag(path), args.out, args.to, overwrite=args.overwrite)
-    names = ("encoder", "encoder_revision", "pooling", "mpp", "patch_px", "mpp0")
-    bag = import_bag(path, args.source, **{name: getattr(args, name) for name in names})
+def _export(path: Path, args: argparse.Namespace) -> list[str]:
+    """Convert one bag; returns what is lost."""
+    return export_bag(read_bag(path), args.out, args.to, overwrite=args.overwrite)
+
+
+def _import(path: Path, args: argparse.Namespace, mpp0: dict[str, float] | None) -> list[str]:
+    """Convert one foreign file; returns what heads compare and is still not known."""
+    known = {name: getattr(args, name) for name in (*IDENTITY, "mpp0")}
+    if mpp0 is not None:
+        if path.stem not in mpp0:
+            raise BagError(f"{path}: {args.slides_csv} has no mpp for {path.stem}. Add it.")
+        known["mpp0"] = mpp0[path.stem]
+    bag = import_bag(path, args.source, **known)
     target = args.out / path.name
     if target.exists() and not args.overwrite:
         raise BagError(f"{target} exists. Choose another --out, or say --overwrite.")
     args.out.mkdir(parents=True, exist_ok=True)
     write_bag(target, bag)
-    return []
+    return [name for name in IDENTITY if getattr(bag.info, name) is None]

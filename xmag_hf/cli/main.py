@@ -83,6 +83,8 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     args = parser.parse_args(hyphenated(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("xmag_hf").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    # Without a network it tells of every retry, twice; the error at the end says what was missing.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return module.run(args, parser)
     except KeyboardInterrupt:

@@ -37,13 +37,21 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Write the CSV and print it; 1 if there is no answer for a slide."""
     from transformers.utils.logging import disable_progress_bar
 
-    from xmag_hf.mil.predict import load_head, predict_bags, predict_slides, write_answers
+    from xmag_hf.mil.predict import (
+        check_replaceable,
+        load_head,
+        predict_bags,
+        predict_slides,
+        write_answers,
+    )
+    from xmag_hf.mil.training_slides import warn_of_training_slides
 
     disable_progress_bar()
     bags = _bags(args, parser)
+    check_replaceable(args.out)
     if bags:
         model = load_head(args.head)
-        answers, count = predict_bags(model, bags), len(bags)
+        answers, names = predict_bags(model, bags), [path.stem for path in bags]
     else:
         try:
             options, sources = read_options(EmbedOptions, args), named_sources(args)
@@ -52,12 +60,13 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error(str(error))
         model = load_head(args.head)
         answers = predict_slides(model, sources, args.model, options)
-        count = len(sources)
+        names = [source.slide_id for source in sources]
+    warn_of_training_slides(args.head, names)
     told = []
     with counting_bars(args.quiet) as advance:
         for answer in answers:
             told.append(answer)
-            advance("slides", 1, count)
+            advance("slides", 1, len(names))
     classes = [model.config.id2label[n] for n in range(model.config.num_labels)]
     write_answers(args.out, classes, told)
     for answer in told:

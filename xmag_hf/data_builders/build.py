@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 from xmag_hf.atomic_write import remove_drafts, write_atomically
+from xmag_hf.child_process import end_with_parent
 from xmag_hf.reporting.records import versions
 from xmag_hf.slides import sha256_head
 
@@ -292,6 +293,7 @@ _counts: Any = None
 def _start_worker(counts: Any) -> None:
     global _counts  # noqa: PLW0603 - the one way to hand shared memory to a pool's workers
     _counts = counts
+    end_with_parent()
 
 
 def _work(task: _Task) -> SlideRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -167,6 +168,36 @@ def with_csv_metadata(
         number, line = next((lines[n] for n in _names(slide) if n in lines), (0, {}))
         rows.append(_row(slide, line, f"{csv_path}, line {number}"))
     return rows
+
+
+def read_mpp(csv_path: str | os.PathLike[str]) -> dict[str, float]:
+    """um/px of level 0 of a slide CSV's slides, where it gives them.
+
+    Args:
+        csv_path: CSV with `mpp`, and `slide_id` or `slide` (its stem counts).
+
+    Returns:
+        slide_id -> um/px.
+
+    Raises:
+        CorpusError: A line without a slide or with an mpp that is no number above 0, or no line
+            with an mpp.
+        OSError: The CSV cannot be read.
+    """
+    csv_path, found = Path(csv_path), {}
+    for number, line in _read_table(csv_path):
+        where = f"{csv_path}, line {number}"
+        name = line.get("slide_id") or Path(line.get("slide", "")).stem
+        if not name:
+            raise CorpusError(f"{where}: neither `slide` nor `slide_id`. Fill in one of them.")
+        mpp = _row(SlideRow(Path(name)), line, where).mpp
+        if mpp is not None and not 0 < mpp < math.inf:
+            raise CorpusError(f"{where}: mpp {mpp:g} must be above 0.")
+        if mpp is not None:
+            found[name] = mpp
+    if not found:
+        raise CorpusError(f"{csv_path}: no line has an mpp. It needs columns slide_id and mpp.")
+    return found
 
 
 def check_unique(slides: Sequence[SlideRow]) -> None:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xmag_hf.atomic_write import remove_drafts, write_atomically
+from xmag_hf.child_process import end_with_parent
 from xmag_hf.reporting.records import versions
 
 from .pairs import ROWS_PER_GROUP
@@ -261,7 +262,7 @@ def _rows(
             yield from make_rows(source.reader, chunk, missing)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
-    pool = ProcessPoolExecutor(workers, context)
+    pool = ProcessPoolExecutor(workers, context, end_with_parent)
     flying: deque[Future[list[SpiderRow]]] = deque()
     try:
         for chunk in chunks:

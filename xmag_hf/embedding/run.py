@@ -371,7 +371,10 @@ def checked_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch's words for one that is not there
-        raise EmbedError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise EmbedError(
+            f"--device {name}: {reason}. Give auto, cpu, cuda, or one GPU: cuda:0."
+        ) from error
     return name
 
 

@@ -57,11 +57,11 @@ class CompareOptions:
     cohort: str | None = field(
         default=None, metadata={"help": "only this one ('internal' or an external one's name)"}
     )
-    by_patient: bool = field(
-        default=False,
+    by_patient: bool | None = field(
+        default=None,
         metadata={
-            "help": "draw whole patients: for several slides of a patient. All tests are "
-            "then bootstrap tests: DeLong and McNemar take slides as independent"
+            "help": "draw whole patients; all tests are then bootstrap tests, since DeLong and "
+            "McNemar take slides as independent. Not given: where patients have several slides"
         },
     )
     stratify: bool = field(
@@ -144,6 +144,7 @@ class CohortFacts:
         name: Of the cohort.
         slides: In it.
         patients: In it; None where unknown.
+        drawn: `patients` or `slides`: what the bootstrap draws, and tests take as independent.
         classes: Class -> slides.
         pooling: How folds became one prediction per slide.
         majority: Scores of always answering with the commonest class: metric -> value.
@@ -153,6 +154,7 @@ class CohortFacts:
     name: str
     slides: int
     patients: int | None
+    drawn: str
     classes: dict[str, int]
     pooling: str
     majority: dict[str, float]
@@ -224,7 +226,9 @@ def score_studies(
         The result with these tests.
     """
     cohorts = studies[0].cohorts
-    facts = [cohort_facts(name, cohort, studies[0].classes) for name, cohort in cohorts.items()]
+    facts = [
+        cohort_facts(name, cohort, studies[0].classes, options) for name, cohort in cohorts.items()
+    ]
     scores = [
         study_score(name, study.name, study.cohorts[name], metric, options)
         for name in cohorts
@@ -254,10 +258,17 @@ def _answers(probabilities: np.ndarray, metric: str) -> np.ndarray:
     return probabilities if METRICS[metric][1] else probabilities.argmax(axis=1)
 
 
+def _by_patient(cohort: CohortPredictions, options: CompareOptions) -> bool:
+    """Whether a cohort's patients are drawn, not its slides."""
+    if options.by_patient is not None:
+        return options.by_patient
+    return cohort.patient_ids is not None and len(set(cohort.patient_ids)) < len(cohort.labels)
+
+
 def _draws(cohort: CohortPredictions, options: CompareOptions) -> dict[str, Any]:
     """Keywords of everything that resamples."""
     return {
-        "clusters": cohort.patient_ids if options.by_patient else None,
+        "clusters": cohort.patient_ids if _by_patient(cohort, options) else None,
         "strata": cohort.labels if options.stratify else None,
         "samples": options.samples,
         "level": options.level,
@@ -303,7 +314,7 @@ def _tests(
     picked = a.argmax(axis=1), b.argmax(axis=1)
     draws, level = _draws(first, options), options.level
     found: list[tuple[str, Callable[[], PairedTest]]] = []
-    if options.by_patient:
+    if draws["clusters"] is not None:
         found.append((AUC, partial(bootstrap_test, roc_auc, y, a, b, name="bootstrap", **draws)))
         found.append((ACCURACY, partial(bootstrap_test, accuracy, y, *picked, **draws)))
     else:
@@ -365,7 +376,9 @@ def _adjusted(tests: list[StudyTest]) -> list[StudyTest]:
     return out
 
 
-def cohort_facts(name: str, cohort: CohortPredictions, classes: tuple[str, ...]) -> CohortFacts:
+def cohort_facts(
+    name: str, cohort: CohortPredictions, classes: tuple[str, ...], options: CompareOptions
+) -> CohortFacts:
     """Sizes, pooling, and what always answering with the commonest class would score."""
     counts = np.bincount(cohort.labels, minlength=len(classes))
     always = np.full(len(cohort.labels), counts.argmax())
@@ -379,11 +392,19 @@ def cohort_facts(name: str, cohort: CohortPredictions, classes: tuple[str, ...])
         name,
         len(cohort.labels),
         patients,
+        "patients" if _by_patient(cohort, options) else "slides",
         dict(zip(classes, counts.tolist(), strict=True)),
         cohort.pooling,
         majority | {AUC: 0.5},
         sum(len(set(cohort.labels[fold.rows])) < len(classes) for fold in cohort.folds),
     )
+
+
+def drawn_of(facts: Sequence[CohortFacts]) -> str:
+    """What the bootstrap draws, with the cohorts' names where they differ."""
+    if len({cohort.drawn for cohort in facts}) == 1:
+        return facts[0].drawn
+    return " and ".join(f"{cohort.drawn} ({cohort.name})" for cohort in facts)
 
 
 def remarks_of(
@@ -405,12 +426,12 @@ def remarks_of(
                 "that 'per fold' averages are over fewer classes"
             )
         several = cohort.patients is not None and cohort.patients < cohort.slides
-        if several and not options.by_patient:
+        if several and cohort.drawn == "slides":
             lines.append(
                 f"{cohort.name}: some patients have several slides, which are not independent: "
-                "intervals are too short and p-values too small. Add --by-patient"
+                "intervals are too short and p-values too small. Leave --no-by-patient out"
             )
-    unit = "patients" if options.by_patient else "slides"
+    unit = drawn_of(facts)
     within = " within each class" if options.stratify else ""
     lines.append(
         f"intervals: {100 * options.level:g}%, percentile bootstrap of {unit}{within}, "

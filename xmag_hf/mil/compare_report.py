@@ -26,6 +26,7 @@ from .compare import (
     CompareResult,
     StudyScore,
     StudyTest,
+    drawn_of,
 )
 from .presets import PAPER_SOURCE, load_preset
 
@@ -167,7 +168,11 @@ def draw_comparison(result: CompareResult) -> bytes:
         for axis, metric in zip(row, DRAWN, strict=True):
             _panel(axis, result, cohort, metric)
         row[0].set_ylabel(f"{cohort.name} (n = {cohort.slides:,})")
-    note = f"whiskers: {100 * result.options.level:g}% bootstrap intervals; dashes: {MAJORITY}"
+    note = (
+        f"whiskers: {100 * result.options.level:g}% bootstrap intervals, drawn by "
+        f"{drawn_of(result.cohorts)}, of these trained models; another training may differ by "
+        f"more. Dashes: {MAJORITY}"
+    )
     figure.supxlabel(note, fontsize=8)
     return png(figure, {"Software": f"xmag_hf {__version__}"})
 

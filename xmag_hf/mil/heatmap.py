@@ -31,6 +31,7 @@ from .heatmap_pictures import (
     pixel_means,
 )
 from .qupath import percentile_ranks, qupath_geojson
+from .training_slides import warn_of_training_slides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,6 +143,7 @@ def make_heatmaps(
 
     bags = options.bags or out / BAGS
     model = load_head(head)
+    warn_of_training_slides(head, [source.slide_id for source in sources])
     missing = [source for source in sources if not _bag_path(bags, source).is_file()]
     reading = reading or EmbedOptions()
     without = _embed(missing, bags, model, encoder, reading) if missing else {}
@@ -176,9 +178,13 @@ def _embed(
 
     from .predict import head_encoder, head_geometry
 
-    loaded = head_encoder(model, encoder, reading)
     names = ", ".join(source.slide_id for source in missing[:3]) + ", ..." * (len(missing) > 3)
-    logger.info("embedding %d without a bag in %s: %s", len(missing), bags, names)
+    where = f"{bags}" if bags.is_dir() else f"{bags}, which is not there"
+    logger.info("embedding %d without a bag in %s: %s", len(missing), where, names)
+    try:
+        loaded = head_encoder(model, encoder, reading)
+    except MILError as error:
+        raise MILError(f"{names}: no bag in {where}. {error}") from None
     summary = embed_slides(missing, bags, loaded, head_geometry(model.config, reading))
     without = {}
     for record in summary.records:

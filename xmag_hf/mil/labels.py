@@ -159,7 +159,7 @@ def class_names(rows: Sequence[LabelRow]) -> tuple[str, ...]:
     """Classes in order: whole numbers by value, names by letter, `rest` first.
 
     Raises:
-        MILError: One class only.
+        MILError: One class only, or numbers with fractions that hardly repeat.
     """
     names = {row.label for row in rows}
     if len(names) < 2:
@@ -168,7 +168,21 @@ def class_names(rows: Sequence[LabelRow]) -> tuple[str, ...]:
         )
     if all(name.lstrip("-").isdecimal() for name in names):
         return tuple(sorted(names, key=int))
+    if all(map(_is_number, names)) and len(names) > len(rows) / 2:
+        raise MILError(
+            f"labels: {len(names)} values ({', '.join(sorted(names)[:3])}, ...) in {len(rows)} "
+            "slides are measurements, not classes. Name another column (--label-column), or cut "
+            "the values into classes in the CSV."
+        )
     return tuple(sorted(names, key=lambda name: (name != REST, name)))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def join(
@@ -208,7 +222,10 @@ def join(
     for folder, paths in zip(folders, found, strict=True):
         for row in wanted:
             if row.slide_id not in paths:
-                excluded.setdefault(row.slide_id, f"a label, and no bag in {folder.name}")
+                reason = f"a label, and no bag in {folder.name}"
+                if (stem := Path(row.slide_id).stem) in paths:
+                    reason += f"; {stem}.h5 is there: call it {stem} in the CSV"
+                excluded.setdefault(row.slide_id, reason)
         for slide_id in sorted(paths.keys() - {row.slide_id for row in rows}):
             excluded.setdefault(slide_id, f"a bag in {folder.name}, and no label")
     kept = [row for row in wanted if row.slide_id not in excluded]

@@ -15,6 +15,7 @@ HEADS_HELP = (
     "abmil: gated attention, which learns how much each patch counts, as `xmag heatmap` shows; "
     "mean-pool: every patch counts the same, the baseline"
 )
+RESULTS = "results.json"  # of a study
 INTERNAL = "internal"  # the cohort that is cross-validated
 
 

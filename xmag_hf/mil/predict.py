@@ -27,6 +27,7 @@ from .slide_models import own_encoder
 
 HUB_PREFIX = "hf:"
 HEAD_IDENTITY = (*IDENTITY, "embed_dim")  # what a head compares with a bag
+ANSWER_COLUMNS = ("slide_id", "predicted")  # the first two
 HEAD_TYPES = ("xmag_abmil", "xmag_mean_pool", "xmag_slide")
 
 
@@ -233,11 +234,26 @@ def head_encoder(model: Any, name: str | None, options: EmbedOptions) -> Encoder
     return encoder
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse to write answers over a file that holds something else, labels say.
+
+    Raises:
+        MILError: It is there, and does not begin as answers do.
+    """
+    if not path.exists():
+        return
+    begin = ",".join(ANSWER_COLUMNS).encode() + b","
+    with path.open("rb") as file:
+        start = file.read(len(begin))
+    if start and start != begin:
+        raise MILError(f"--out {path}: exists and holds no predictions. Name another file.")
+
+
 def write_answers(path: Path, classes: Sequence[str], answers: Sequence[SlideAnswer]) -> None:
     """Write slide_id, predicted, p_CLASS for each class, patches, reason."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["slide_id", "predicted", *(f"p_{c}" for c in classes), "patches", "reason"])
+    writer.writerow([*ANSWER_COLUMNS, *(f"p_{c}" for c in classes), "patches", "reason"])
     for answer in answers:
         told: list[str] = [""] * (1 + len(classes))
         if answer.prediction is not None:

@@ -19,12 +19,12 @@ from xmag_hf.reporting.records import EXACT_DIGITS, plain, versions
 from .compare import METRICS, CompareOptions, CompareResult, cohort_facts, remarks_of, study_score
 from .compare_report import comparison_markdown
 from .labels import Cohort
-from .options import INTERNAL
+from .options import INTERNAL, RESULTS
 from .pictures import draw_roc
 from .predictions import COLUMNS, FILE, read_predictions
 
 FORMAT, FORMAT_VERSION = "xmag-study", 1
-RESULTS, TABLE = "results.json", "table.md"
+TABLE = "table.md"
 PACKAGES = ("torch", "transformers", "numpy", "scikit-learn")
 
 
@@ -80,7 +80,9 @@ def score_study(
         by_patient=True, samples=samples, level=level, seed=seed, preset=preset
     )
     study = read_predictions(folder, name)
-    facts = [cohort_facts(cohort, own, study.classes) for cohort, own in study.cohorts.items()]
+    facts = [
+        cohort_facts(cohort, own, study.classes, options) for cohort, own in study.cohorts.items()
+    ]
     scores = [
         study_score(cohort, name, own, metric, options)
         for cohort, own in study.cohorts.items()

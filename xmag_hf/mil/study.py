@@ -48,10 +48,10 @@ from .labels import (
     read_lines,
 )
 from .one_writer import only_writer
-from .options import INTERNAL, HeadOptions, StudyOptions
+from .options import INTERNAL, RESULTS, HeadOptions, StudyOptions
 from .predict import HEAD_IDENTITY, load_head
 from .preset_labels import with_preset
-from .report import PACKAGES, RESULTS, Tested, score_study, write_report
+from .report import PACKAGES, Tested, score_study, write_report
 from .train import Head, Training, predict_head, train_head
 
 logger = logging.getLogger(__name__)
