@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from mean_colour import mean_colour
+from torch import nn
 
 from xmag_hf.embedding.encode import PatchEncoder
+from xmag_hf.embedding.folding import folded
 from xmag_hf.embedding.options import EmbedError
 from xmag_hf.encoders import ENCODERS, Encoder, load_encoder
 
@@ -60,6 +62,30 @@ def test_xmag_lite_has_a_mean_and_no_class_token(pixels):
     assert np.allclose(encoded.tokens, lite.spatial_features(images), atol=1e-4)
     with pytest.raises(EmbedError, match="no class token"):
         PatchEncoder(lite, pooling="cls")
+
+
+def test_folded_normalisations_change_nothing(pixels):
+    """Against the model's own forward pass, whose statistics are far from 0 and 1."""
+    encoder = load_encoder("random:lite")
+    rng = torch.Generator().manual_seed(0)
+    norms = [m for m in encoder.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        for values, low, high in (
+            (norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2.0),
+            (norm.weight, 0.5, 1.5), (norm.bias, 0.0, 1.0),
+        ):  # fmt: skip
+            values.data.uniform_(low, high, generator=rng)
+    expected = tokens_of(encoder, pixels)
+    size = expected.abs().mean().item()
+    assert size > 1e-3  # activations have not died
+    fast = folded(encoder)
+    assert len(norms) == 49 and not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    assert np.allclose(tokens_of(fast, pixels), expected, atol=1e-4 * size, rtol=1e-4)
+    assert torch.equal(tokens_of(encoder, pixels), expected)  # the encoder itself is as it was
+    features = PatchEncoder(encoder)(pixels).features
+    assert np.allclose(features, expected.mean(1), atol=1e-4 * size, rtol=1e-4)
+    for other in (load_encoder("random:lite", precision="bf16"), load_encoder("random:tiny")):
+        assert folded(other) is other
 
 
 def test_poolings_of_a_timm_vit(pixels):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from xmag_hf.encoders import GRID, Encoder
 
+from .folding import folded
 from .options import EmbedError
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ class PatchEncoder:
         self.batch_size = batch_size or BATCH_SIZE.get(encoder.device.type, BATCH_SIZE["cpu"])
         kind = "own" if self.pooling == own else self.pooling
         plain = kind == "own" and not tokens
-        self._forward: Encoder = encoder if plain else PooledEncoder(encoder, kind, tokens=tokens)
+        fast = folded(encoder)
+        self._forward: Encoder = fast if plain else PooledEncoder(fast, kind, tokens=tokens)
         if not plain:  # say now, not after an hour of reading, what the encoder cannot do
             self._encode_at_once(np.zeros((1, encoder.input_px, encoder.input_px, 3), np.uint8))
 
