@@ -70,6 +70,9 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
         The exit code: 0 done, 1 failed.
     """
     keep_freed_memory()
+    # Slides are read beside the encoder, so threads outnumber cores: one that waits spins for some
+    # 30 us, not milliseconds, on a core that another needs. libgomp reads it when torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     module = importlib.import_module(VERBS[verb][0])
     prog = prog or f"xmag {verb}"
     parser = Parser(

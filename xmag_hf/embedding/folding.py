@@ -15,7 +15,7 @@ def folded(encoder: Encoder) -> Encoder:
     """The encoder without the passes over its maps that only scale and shift them.
 
     A normalisation with fixed statistics is linear, and so part of the convolution before it:
-    features agree to float32's rounding, at 1.2 times the speed on a CPU (docs/benchmarks.md).
+    features agree to float32's rounding, at 1.1 to 1.3 times the speed (docs/benchmarks.md).
 
     Args:
         encoder: Any; it stays as it is.

@@ -97,7 +97,8 @@ def _draw_legend(
 def preview_png(plan: SlidePlan, unreadable: Collection[int] = ()) -> bytes:
     """`draw_preview` as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    draw_preview(plan, unreadable).save(buffer, "PNG")
+    # Level 6 takes three times as long for a file that is a tenth smaller.
+    draw_preview(plan, unreadable).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
