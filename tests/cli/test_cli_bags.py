@@ -73,10 +73,13 @@ def test_um_px_slide_by_slide(tmp_path, bags, capsys):
     assert "has no mpp for s1" in capsys.readouterr().out
     assert main([*command, *more, "--mpp0", "0.25"]) == 0
     assert "0.25 um/px was taken for all 2 slides" in capsys.readouterr().out
+    assert main([*command, *there, "--mpp0", "0.25"]) == 1
+    assert "taken for all" not in capsys.readouterr().out  # nothing was replaced
     for text, words in (
         ("slide_id,mpp\ns0,-1\n", "must be above 0"),
         ("slide_id,mpp\ns0,\n", "no line has an mpp"),
         ("slide_id,mpp\n,1\n", "neither `slide` nor"),
+        ("slide_id,mpp\ns0,0.25\ns0,0.5\n", "line 3: s0 again, first on line 2"),
     ):
         table.write_text(text)
         with pytest.raises(SystemExit):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from xmag_hf.cli.main import VERBS, main
+from xmag_hf.cli.main import VERBS, main, run_verb
 from xmag_hf.cli.options import add_options, hyphenated, read_options
 
 
@@ -111,3 +112,19 @@ def test_options_come_from_the_dataclass(argv: list[str], expected: _Options) ->
     parser = argparse.ArgumentParser()
     add_options(parser, _Options)
     assert read_options(_Options, parser.parse_args(hyphenated(argv))) == expected
+
+
+def test_libraries_are_settled_unless_the_user_has_done_so(monkeypatch) -> None:
+    for given, spins, words in (
+        ({}, "10000", "error"),
+        ({"OMP_WAIT_POLICY": "active", "HF_HUB_VERBOSITY": "info"}, None, "info"),
+        ({"GOMP_SPINCOUNT": "7"}, "7", "error"),
+    ):
+        environment = {**os.environ, **given}
+        for name in {"OMP_WAIT_POLICY", "HF_HUB_VERBOSITY", "GOMP_SPINCOUNT"} - given.keys():
+            environment.pop(name, None)
+        monkeypatch.setattr(os, "environ", environment)
+        with pytest.raises(SystemExit):
+            run_verb("info", ["--help"])
+        assert environment.get("GOMP_SPINCOUNT") == spins
+        assert environment["HF_HUB_VERBOSITY"] == words

@@ -349,12 +349,15 @@ def test_workers_end_with_a_killed_parent(tmp_path, cmu_slide):
     script.write_text(ORPHANED)
     command = [sys.executable, str(script), str(tmp_path / "out"), str(cmu_slide)]
     parent = subprocess.Popen(command)
-    deadline = time.monotonic() + 60
-    while not (told.exists() and told.read_text().endswith(" ")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    worker = int(told.read_text())
-    parent.kill()
-    parent.wait()
+    deadline = time.monotonic() + 120  # two processes import the package first
+    try:
+        while not (told.exists() and told.read_text().endswith(" ")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+        parent.wait()
+    worker, deadline = int(told.read_text()), time.monotonic() + 30
     while process_runs(worker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not process_runs(worker)

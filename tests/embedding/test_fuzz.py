@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from fuzz_slides import survivors
+from fuzz_slides import base_of, mutated, survivors
 from giant_tiff import write_giant
+
+from xmag_hf.embedding.options import EmbedOptions
+from xmag_hf.embedding.plan import PatchGeometry, plan_slide
+from xmag_hf.embedding.sources import SlideSource
+from xmag_hf.slides import SlideError
 
 SCALE = {"resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
 
@@ -46,3 +52,18 @@ def test_no_mutation_crashes_or_hangs(tmp_path: Path, cmu_pixels: np.ndarray, mu
     assert not dead, words
     # Most are refused and some are read: the mutations are neither all fatal nor all harmless.
     assert "SlideOpenError" in words[-1] and "'read'" in words[-1]
+
+
+@pytest.mark.parametrize("number", [942, 1471])
+def test_damage_that_was_no_slide_error(tmp_path: Path, cmu_pixels: np.ndarray, number: int):
+    """An SVS property without a value; a photometric interpretation that is no number."""
+    bases = write_bases(tmp_path, cmu_pixels[900:1060, 1000:1160])
+    path = tmp_path / "mutated.tif"
+    base = base_of(bases[number % len(bases)])
+    path.write_bytes(mutated(base, random.Random(number)))
+    geometry = PatchGeometry(64, 0.5, 0, 64, 0.5, 0.0)
+    try:
+        plan = plan_slide(SlideSource(path), geometry, EmbedOptions(tissue=0.0))
+        assert len(plan.coords) > 0
+    except SlideError as error:
+        assert "mutated" in str(error)

@@ -180,6 +180,38 @@ def test_patients_are_drawn_whole(studies) -> None:
     unasked = compare_studies(studies[:2], CompareOptions(**options))
     assert unasked.tests == by_patient.tests and unasked.scores == by_patient.scores
     assert [cohort.drawn for cohort in unasked.cohorts] == ["patients"]
+    both = compare_studies(studies[:2], CompareOptions(samples=20))  # of 45 and of 20 patients
+    assert [line.split(":")[0] for line in both.remarks if "fewer than 30" in line] == ["far"]
+    with pytest.raises(MILError, match="--stratify: patient .* has slides of several classes"):
+        compare_studies(studies[:2], CompareOptions(stratify=True, **options))
+
+
+def test_what_is_drawn_is_settled_by_each_cohort(tmp_path: Path) -> None:
+    """Several slides a patient at home, one elsewhere; no patients, or one, cannot be drawn."""
+
+    def compared(patient_of, name: str):
+        folders = []
+        for number in (1, 2):
+            rows = [[r[0], patient_of(r), *r[2:]] for r in table(1.0 + number, number)]
+            folders.append(write(tmp_path / f"{name}{number}", rows))
+        result = compare_studies(folders, CompareOptions(samples=20))
+        kinds = {
+            cohort.name: {t.test.test for t in result.tests if t.cohort == cohort.name}
+            for cohort in result.cohorts
+        }
+        return result, kinds
+
+    result, kinds = compared(lambda r: r[0] if r[2] == "far" else r[1], "each")
+    assert {cohort.name: cohort.drawn for cohort in result.cohorts} == {
+        "internal": "patients",
+        "far": "slides",
+    }
+    assert "DeLong" in kinds["far"] and "DeLong" not in kinds["internal"]
+    assert any("patients (internal) and slides (far)" in line for line in result.remarks)
+    for patient_of in (lambda r: r[0], lambda r: "", lambda r: "p"):
+        result, kinds = compared(patient_of, patient_of("ab"))
+        assert {cohort.drawn for cohort in result.cohorts} == {"slides"}
+        assert all("DeLong" in names for names in kinds.values())
 
 
 def test_stratified_draws_keep_class_sizes(tmp_path: Path) -> None:

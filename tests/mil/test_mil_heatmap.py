@@ -271,7 +271,7 @@ def test_command_on_a_stored_bag(embedded: Path, capsys, monkeypatch) -> None:
 
 
 def test_command_embeds_what_has_no_bag(embedded: Path, capsys) -> None:
-    """No --bags: the head's encoder is needed once, and its bags are kept beside the maps."""
+    """What has no bag needs the head's encoder; without --bags bags are kept beside the maps."""
     assert run_heatmap(embedded, "--bags", str(embedded / "bagz")) == 1
     told = capsys.readouterr().err
     assert f"tissue: no bag in {embedded / 'bagz'}, which is not there" in told

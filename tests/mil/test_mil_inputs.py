@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 
 from xmag_hf.embedding import EmbedError
 from xmag_hf.mil import HeadOptions, MILError, StudyOptions, run_study
+from xmag_hf.mil.e2e_options import E2EOptions
+from xmag_hf.mil.end_to_end import _folds
 from xmag_hf.mil.folds import warn_rare
 from xmag_hf.mil.labels import Cohort, LabelRow, class_names, join
 from xmag_hf.mil.pictures import draw_roc
@@ -67,6 +70,10 @@ def test_a_slide_id_with_the_files_ending_is_explained(tmp_path) -> None:
     rows = [LabelRow(f"{name}.svs", name, name) for name in "ab"]
     with pytest.raises(MILError, match=r"a\.h5 is there: call it a in the CSV"):
         join("internal", rows, [tmp_path], ("a", "b"))
+    both = [*rows, LabelRow("a", "a", "a")]  # a.svs is another slide than a
+    with pytest.raises(MILError) as caught:
+        join("internal", both, [tmp_path], ("a", "b"))
+    assert "call it a " not in str(caught.value) and "call it b " in str(caught.value)
 
 
 def cohort_of(classes: str, patients: list[str]) -> Cohort:
@@ -112,3 +119,19 @@ def test_roc_says_how_many_slides_are_of_the_class(tmp_path, monkeypatch) -> Non
     assert legend is not None
     # Of the 8 pairs of a malignant slide (0.1, 0.74) with another, three are in the right order.
     assert [text.get_text() for text in legend.get_texts()] == ["fold 0: 0.375", "all folds: 0.375"]
+
+
+def test_heads_of_folds_that_have_no_slides_here_are_not_mixed_up(tmp_path) -> None:
+    """Without fold 0's slides, folds 1 to 3 would be numbered 0 to 2, and meet the wrong heads."""
+    patients = [f"p{n}" for n in range(8)]
+    cohort = cohort_of("abababab", patients)
+    study = tmp_path / "study"
+    study.mkdir()
+    lines = [f"s{n},p{n},{'ab'[n % 2]},{n // 2}\n" for n in range(8)]
+    (study / "folds.csv").write_text("slide_id,patient_id,label,fold\n" + "".join(lines))
+    options = E2EOptions(encoder="e", labels="l", out="o", head=str(study), folds=3)
+    some = cohort.rows(np.arange(8) >= 2, "left out")
+    with pytest.raises(MILError, match="of its 4 folds only 3 have slides here"):
+        _folds(some, options)
+    kept, folds = _folds(cohort, dataclasses.replace(options, folds=4))
+    assert len(kept) == 8 and folds.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

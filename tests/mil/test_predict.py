@@ -140,9 +140,18 @@ def test_slides_of_the_training_are_named(tmp_path, head, capsys):
         assert f"1 of 3 slides belong to the training of this head ({known})" in (
             capsys.readouterr().err
         )
-    for damage in ("{", "{}"):
-        (study / "results.json").write_text(damage)
-        assert main(["predict", str(bags), "--head", str(study / "head"), "--out", str(out)]) == 0
+    (study / "predictions.csv").write_text("")
+    (study / "linked").symlink_to(study / "heads" / "fold-0")
+    assert main(["predict", str(bags), "--head", str(study / "linked"), "--out", str(out)]) == 0
+    assert (
+        f"(two): its answers there are too good to judge it by. Those of heads that had not "
+        f"seen a slide: {study / 'predictions.csv'}" in capsys.readouterr().err
+    )
+    shutil.copytree(head, study / "from-elsewhere")
+    for damage in ("", "{", "{}"):
+        where = study / ("head" if damage else "from-elsewhere")
+        (study / "results.json").write_text(damage or '{"published_fold": 1}')
+        assert main(["predict", str(bags), "--head", str(where), "--out", str(out)]) == 0
         assert "training" not in capsys.readouterr().err
     assert main(["predict", str(bags), "--head", str(head), "--out", str(out)]) == 0
     assert "training" not in capsys.readouterr().err

@@ -10,6 +10,9 @@ from xmag_hf.data_builders.slide_list import read_mpp
 from xmag_hf.embedding.bag import IDENTITY, BagError, read_bag, write_bag
 from xmag_hf.embedding.exchange import FORMATS, export_bag, find_files, import_bag
 
+# What gives a missing value best: um/px of patches follows from that of level 0, where a file says
+# how wide they are.
+FLAGS = {"mpp": "--mpp0 or --slides-csv, else --mpp"}
 EXAMPLE = "xmag bags export bags --to stamp --out stamp_features"
 
 
@@ -48,25 +51,24 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         mpp0 = None if args.slides_csv is None else read_mpp(args.slides_csv)
     except (BagError, CorpusError) as error:
         parser.error(str(error))
-    lost: dict[str, int] = {}
+    missing: dict[str, None] = {}  # a set in the order of what was found first
     failed = 0
     for path in files:
         try:
-            for name in (
-                _export(path, args) if args.action == "export" else _import(path, args, mpp0)
-            ):
-                lost[name] = lost.get(name, 0) + 1
+            told = _export(path, args) if args.to else _import(path, args, mpp0)
+            missing |= dict.fromkeys(told)
         except (BagError, PermissionError, FileNotFoundError) as error:
             failed += 1
             print(f"failed: {error}")
-    print(f"{len(files) - failed} of {len(files)} bags in {args.out}")
-    if lost and args.action == "export":
-        print(f"{args.to} cannot hold: {', '.join(lost)}")
-    elif lost:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
-        print(f"not known: {', '.join(lost)}; heads compare them. If you know them: {flags}")
-    if args.mpp0 is not None and len(files) > 1:
-        print(f"{args.mpp0:g} um/px was taken for all {len(files)} slides; if not: --slides-csv")
+    done = len(files) - failed
+    print(f"{done} of {len(files)} bags in {args.out}")
+    if missing and args.action == "export":
+        print(f"{args.to} cannot hold: {', '.join(missing)}")
+    elif missing:
+        flags = ", ".join(FLAGS.get(name, f"--{name.replace('_', '-')}") for name in missing)
+        print(f"not known: {', '.join(missing)}; heads compare them. If you know them: {flags}")
+    if args.mpp0 is not None and done > 1:
+        print(f"{args.mpp0:g} um/px was taken for all {done} slides; if not: --slides-csv")
     return 1 if failed else 0
 
 

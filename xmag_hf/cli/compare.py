@@ -1,7 +1,8 @@
 """Compare studies on the same slides: AUC, accuracy and F1 with intervals, and paired tests.
 
-DeLong for AUC, McNemar (exact and mid-p) for accuracy, bootstrap for macro F1, each named, adjusted
-by Holm where there are several pairs. The folds' models are pooled by the mean of their
+DeLong for AUC, McNemar (exact and mid-p) for accuracy, bootstrap for macro F1, or, where patients
+have several slides, all by a bootstrap of whole patients; each named, adjusted by Holm where there
+are several pairs. The folds' models are pooled by the mean of their
 probabilities for an external cohort.
 """
 

@@ -70,9 +70,7 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
         The exit code: 0 done, 1 failed.
     """
     keep_freed_memory()
-    # Slides are read beside the encoder, so threads outnumber cores: one that waits spins for some
-    # 30 us, not milliseconds, on a core that another needs. libgomp reads it when torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _settle_environment()
     module = importlib.import_module(VERBS[verb][0])
     prog = prog or f"xmag {verb}"
     parser = Parser(
@@ -86,8 +84,6 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     args = parser.parse_args(hyphenated(argv))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("xmag_hf").setLevel(logging.WARNING if args.quiet else logging.INFO)
-    # Without a network it tells of every retry, twice; the error at the end says what was missing.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return module.run(args, parser)
     except KeyboardInterrupt:
@@ -100,6 +96,16 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
             raise
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
+
+
+def _settle_environment() -> None:
+    """What libraries read when the verb's module loads them; what the user has set wins."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Slides are read beside the encoder, so threads outnumber cores: one that waits spins a
+        # thirtieth of libgomp's default on a core that another needs.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Without a network it tells of every retry, twice; the error at the end says what was missing.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def _top_level(argv: list[str]) -> int:

@@ -180,16 +180,20 @@ def read_mpp(csv_path: str | os.PathLike[str]) -> dict[str, float]:
         slide_id -> um/px.
 
     Raises:
-        CorpusError: A line without a slide or with an mpp that is no number above 0, or no line
-            with an mpp.
+        CorpusError: A line without a slide or with an mpp that is no number above 0, two lines
+            for one slide, or no line with an mpp.
         OSError: The CSV cannot be read.
     """
-    csv_path, found = Path(csv_path), {}
+    csv_path = Path(csv_path)
+    found: dict[str, float] = {}
+    first: dict[str, int] = {}
     for number, line in _read_table(csv_path):
         where = f"{csv_path}, line {number}"
         name = line.get("slide_id") or Path(line.get("slide", "")).stem
         if not name:
             raise CorpusError(f"{where}: neither `slide` nor `slide_id`. Fill in one of them.")
+        if first.setdefault(name, number) != number:
+            raise CorpusError(f"{where}: {name} again, first on line {first[name]}. Drop one.")
         mpp = _row(SlideRow(Path(name)), line, where).mpp
         if mpp is not None and not 0 < mpp < math.inf:
             raise CorpusError(f"{where}: mpp {mpp:g} must be above 0.")

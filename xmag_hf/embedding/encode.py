@@ -109,7 +109,7 @@ class PatchEncoder:
         batch_size: Largest batch that is tried; shrinks when memory runs out.
 
     Args:
-        encoder: Loaded, on its device.
+        encoder: Loaded, on its device, where it stays: a folded copy of XMAG-lite does the work.
         pooling: `auto`, `cls`, `mean` or `cls+mean`.
         tokens: Give the 4 x 4 local features too.
         batch_size: None: `BATCH_SIZE` of the device.
@@ -183,7 +183,7 @@ class PatchEncoder:
         )
 
     def _encode_at_once(self, pixels: np.ndarray | Tensor) -> Encoded:
-        images = torch.as_tensor(pixels).to(self.encoder.device)
+        images = torch.as_tensor(pixels).to(self._forward.device)
         output = self._forward(images.permute(0, 3, 1, 2)).cpu().numpy()  # (B, D [+ 16 * C])
         if not (isinstance(self._forward, PooledEncoder) and self._forward.tokens):
             return Encoded(output, None)

@@ -21,10 +21,13 @@ def folded(encoder: Encoder) -> Encoder:
         encoder: Any; it stays as it is.
 
     Returns:
-        A folded copy of XMAG-lite in fp32; of any other encoder, or under autocast, itself.
+        A folded copy of XMAG-lite in fp32, with its weights of this moment; itself if it is one
+        already, another encoder, or runs under autocast.
     """
     config = getattr(encoder.model, "config", None)
     if getattr(config, "model_type", "") != "xmag_lite" or encoder.precision != "fp32":
+        return encoder
+    if not any(isinstance(module, _BatchNorm) for module in encoder.modules()):
         return encoder
     copied = copy.deepcopy(encoder)
     _fold(copied.model.backbone)  # type: ignore[arg-type]
@@ -37,8 +40,9 @@ def _fold(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, _BatchNorm) and before is not None:
             weight, bias = fuse_conv_bn_weights(
-                before.weight, before.bias, child.running_mean, child.running_var, child.eps,
-                child.weight, child.bias,
+                before.weight, before.bias,
+                child.running_mean, child.running_var,  # type: ignore[arg-type]
+                child.eps, child.weight, child.bias,
             )  # fmt: skip
             before.weight, before.bias = weight, bias
             setattr(module, name, child.act)  # timm's norms hold the activation

@@ -371,9 +371,9 @@ def checked_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch's words for one that is not there
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise EmbedError(
-            f"--device {name}: {reason}. Give auto, cpu, cuda, or one GPU: cuda:0."
+            f"--device {name}: {reason}. `auto` takes what there is; GPUs are called cuda:0, ..."
         ) from error
     return name
 

@@ -46,7 +46,7 @@ from .e2e_training import (
 from .errors import MILError
 from .folds import make_folds, read_folds, validation_rows, warn_rare, write_folds
 from .frozen_cache import FrozenCache, fill_cache, frozen_cache
-from .labels import Cohort, Exclusion, class_names, read_labels
+from .labels import Cohort, Exclusion, class_names, read_labels, read_lines
 from .one_writer import only_writer
 from .options import HEADS, INTERNAL, HeadOptions
 from .predict import load_head
@@ -327,7 +327,14 @@ def _folds(cohort: Cohort, options: E2EOptions) -> tuple[Cohort, np.ndarray]:
             f"--folds-csv {given}: other folds than those of the heads in {options.head}, which "
             "would be tested on slides they have learnt from. Leave --folds-csv out."
         )
+    written = {line["fold"] for _, line in read_lines(Path(given), ("fold",))}
     cohort, folds = read_folds(Path(given), cohort)
+    if study.is_file() and folds.max() + 1 != len(written):
+        raise MILError(
+            f"{given}: of its {len(written)} folds only {folds.max() + 1} have slides here: heads "
+            f"in {options.head} would be taken for those of other folds, and tested on slides they "
+            "have learnt from. Give slides of every fold, or --head abmil."
+        )
     if folds.max() + 1 != options.folds:
         raise MILError(f"{given}: {folds.max() + 1} folds, and --folds {options.folds}.")
     return cohort, folds

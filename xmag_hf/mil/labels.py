@@ -219,14 +219,15 @@ def join(
     found = [bag_paths(folder) for folder in folders]
     excluded: dict[str, str] = {}
     wanted = sorted(rows, key=lambda row: row.slide_id)
+    labelled = {row.slide_id for row in rows}
     for folder, paths in zip(folders, found, strict=True):
         for row in wanted:
             if row.slide_id not in paths:
                 reason = f"a label, and no bag in {folder.name}"
-                if (stem := Path(row.slide_id).stem) in paths:
+                if (stem := Path(row.slide_id).stem) in paths.keys() - labelled:
                     reason += f"; {stem}.h5 is there: call it {stem} in the CSV"
                 excluded.setdefault(row.slide_id, reason)
-        for slide_id in sorted(paths.keys() - {row.slide_id for row in rows}):
+        for slide_id in sorted(paths.keys() - labelled):
             excluded.setdefault(slide_id, f"a bag in {folder.name}, and no label")
     kept = [row for row in wanted if row.slide_id not in excluded]
     bags: list[dict[str, BagFile]] = []

@@ -17,6 +17,7 @@ import xmag_hf  # noqa: F401  (registers the classes of heads with transformers)
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
 from xmag_hf.embedding.bag import IDENTITY
+from xmag_hf.embedding.folding import folded
 from xmag_hf.embedding.options import POOLINGS
 from xmag_hf.embedding.run import checked_device, one_device
 from xmag_hf.embedding.sources import SLIDE_FAULTS, reason_of
@@ -182,7 +183,7 @@ def predict_slides(
         EmbedError: There is no such device.
         EncoderError: The encoder cannot be had.
     """
-    loaded = head_encoder(model, encoder, options)
+    loaded = folded(head_encoder(model, encoder, options))  # once, not for every slide
     return _embedded_answers(model, sources, loaded, head_geometry(model.config, options))
 
 

@@ -177,9 +177,10 @@ def _cohort(file: Path, cohort: str, rows: Sequence[_Row]) -> CohortPredictions:
         numbers = np.array([place[row.slide_id] for row in own])
         folds.append(FoldPredictions(fold, numbers, np.array([row.probabilities for row in own])))
     ordered = [known[slide_id] for slide_id in place]
+    patients = np.array([row.patient_id for row in ordered])
     return CohortPredictions(
         np.array(list(place)),
-        np.array([row.patient_id for row in ordered]),
+        patients if (patients != "").all() else None,
         np.array([row.label for row in ordered]),
         _pooled(folds, len(place)),
         tuple(folds),

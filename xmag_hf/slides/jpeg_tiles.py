@@ -96,12 +96,13 @@ def jpeg_level(slide: Slide, level: int) -> JpegLevel:
     if slide.vendor not in VENDORS:
         raise _refusal(slide, level, f"its format is {slide.vendor or 'unknown'}")
     page, offsets, counts = _page(slide, level)
+    photometric = page.photometric if isinstance(page.photometric, int) else -1  # of a damaged file
     reasons = {
         "its tiles are not JPEG": page.compression != JPEG_COMPRESSION,
         "it is not 8-bit RGB or YCbCr": page.bitspersample != 8
         or page.samplesperpixel != 3
         or page.planarconfig != 1
-        or int(page.photometric) not in ADOBE_TRANSFORM,
+        or int(photometric) not in ADOBE_TRANSFORM,
         "its tiles are too large": page.tilewidth * page.tilelength > MAX_TILE_PX,
     }
     for reason, true in reasons.items():
@@ -118,7 +119,7 @@ def jpeg_level(slide: Slide, level: int) -> JpegLevel:
         across=across,
         offsets=offsets,
         counts=counts,
-        header=_header(page.jpegtables, ADOBE_TRANSFORM[int(page.photometric)]),
+        header=_header(page.jpegtables, ADOBE_TRANSFORM[int(photometric)]),
     )
 
 

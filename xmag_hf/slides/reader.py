@@ -80,7 +80,9 @@ class Slide:
         self.path = path
         self.slide_id = slide_id
         self._handle: openslide.OpenSlide | TiffHandle | None = handle
-        properties = dict(handle.properties)
+        # Of a damaged file OpenSlide may list a property that it cannot give.
+        found = {name: handle.properties.get(name) for name in handle.properties}
+        properties = {name: value for name, value in found.items() if value is not None}
         self.vendor = properties.get("openslide.vendor", "")
         self.objective = properties.get("openslide.objective-power", "")
         self.mpp0, self.mpp_source = _resolve_mpp(slide_id, properties, mpp)
