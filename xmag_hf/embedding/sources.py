@@ -25,6 +25,8 @@ def reason_of(slide_id: str, error: BaseException) -> str:
     """Why a slide failed, in one line that names it; our own errors name it themselves."""
     if type(error).__module__.startswith("xmag_hf"):
         return str(error)
+    if isinstance(error, MemoryError) and not str(error):
+        return f"{slide_id}: not enough memory for what its file asks for."
     return f"{slide_id}: {type(error).__name__}: {error}"
 
 
