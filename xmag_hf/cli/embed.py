@@ -84,9 +84,9 @@ def _print_summary(summary: RunSummary) -> None:
     thin = [r for r in summary.records if r.tissue_share is not None and r.tissue_share < LOW_SHARE]
     if thin:
         console.print(
-            f"less than {LOW_SHARE:.0%} of the tissue lies in patches (column seen) in {len(thin)} of "
-            f"{len(summary.records)}: --pad-edges keeps patches past the edge; a lower --tissue those "
-            "with less.",
+            f"less than {LOW_SHARE:.0%} of the tissue lies in patches (column seen) in {len(thin)} "
+            f"of {len(summary.records)}: --pad-edges keeps patches past the edge; a lower --tissue "
+            "those with less.",
             soft_wrap=True,
         )
     counts = ", ".join(f"{n} {status}" for status, n in summary.counts.items())
