@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,19 @@ def test_folded_normalisations_change_nothing(pixels):
     assert np.allclose(features, expected.mean(1), atol=1e-4 * size, rtol=1e-4)
     for other in (load_encoder("random:lite", precision="bf16"), load_encoder("random:tiny")):
         assert folded(other) is other
+
+
+@pytest.mark.slow  # compiling takes a minute or two
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["random:tiny", "random:lite"])
+def test_a_compiled_encoder_gives_the_same(pixels, name):
+    """For batches of two sizes, as a slide's last batch is smaller."""
+    made = PatchEncoder(load_encoder(name), compiled=True)
+    assert made._forward.model._compiled_call_impl is not None
+    plain = PatchEncoder(load_encoder(name))
+    for batch in (pixels, pixels[:2]):
+        expected = plain(batch).features
+        assert np.allclose(made(batch).features, expected, atol=1e-4 * np.abs(expected).mean())
 
 
 def test_poolings_of_a_timm_vit(pixels):

@@ -113,6 +113,8 @@ class PatchEncoder:
         pooling: `auto`, `cls`, `mean` or `cls+mean`.
         tokens: Give the 4 x 4 local features too.
         batch_size: None: `BATCH_SIZE` of the device.
+        compiled: Run the model's forward pass through torch.compile. A timm encoder with another
+            pooling than its own, or with tokens, has another pass, which is not compiled.
 
     Raises:
         EmbedError: The encoder cannot pool so, or has no 4 x 4 map.
@@ -125,6 +127,7 @@ class PatchEncoder:
         pooling: str = "auto",
         tokens: bool = False,
         batch_size: int | None = None,
+        compiled: bool = False,
     ):
         own = own_pooling(encoder)
         self.encoder = encoder
@@ -134,6 +137,8 @@ class PatchEncoder:
         plain = kind == "own" and not tokens
         fast = folded(encoder)
         self._forward: Encoder = fast if plain else PooledEncoder(fast, kind, tokens=tokens)
+        if compiled:
+            self._forward.model.compile()
         if not plain:  # say now, not after an hour of reading, what the encoder cannot do
             self._encode_at_once(np.zeros((1, encoder.input_px, encoder.input_px, 3), np.uint8))
 

@@ -70,6 +70,13 @@ class EmbedOptions:
         default="fp32",
         metadata={"help": "the encoder runs in", "choices": ("fp32", "bf16", "fp16")},
     )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "help": "run the encoder through torch.compile: a minute or more at the start, for "
+            "long runs on a GPU (not timed on one yet); needs a C++ compiler"
+        },
+    )
     features: str = field(
         default="float16", metadata={"help": "stored type", "choices": FEATURE_TYPES}
     )

@@ -397,5 +397,9 @@ def loaded_encoder(encoder: Encoder | str, options: EmbedOptions) -> Encoder:
 def patch_encoder(encoder: Encoder, options: EmbedOptions) -> PatchEncoder:
     """As the options ask for; raises EmbedError if the encoder cannot."""
     return PatchEncoder(
-        encoder, pooling=options.pooling, tokens=options.tokens, batch_size=options.batch_size
+        encoder,
+        pooling=options.pooling,
+        tokens=options.tokens,
+        batch_size=options.batch_size,
+        compiled=options.compile,
     )
