@@ -73,8 +73,8 @@ class DistillOptions:
     target_centering: str = _option(
         "none",
         "none, mean (targets minus the mean training-teacher feature) or whiten (and PCA-whitened, "
-        "since a few directions carry most of the variance); needs --cache-teacher; not yet "
-        "measured",
+        "since a few directions carry most of the variance); needs --cache-teacher; mean helped "
+        "local features in one screening, whiten did not (docs/results.md)",
         choices=TARGET_CENTERINGS,
     )
     ema_decay: float = _option(
@@ -95,7 +95,8 @@ class DistillOptions:
     stain_jitter: float = _option(
         0.0,
         "largest change of haematoxylin, eosin and residual (scale 1 +- F, shift +- F in optical "
-        "density), one draw for both magnifications; a cached teacher sees none; not yet measured",
+        "density), one draw for both magnifications; a cached teacher sees none; no help to "
+        "alignment in one screening",
     )
     token_mask_ratio: float = _option(
         0.0,
@@ -106,7 +107,8 @@ class DistillOptions:
         False,
         "draw the student's 5x view at random among image_5x and, where the corpus has them "
         "(xmag corpus --reading-paths), image_5x_scanner and image_5x_fast, so that features "
-        "depend less on how a slide is read; not yet measured",
+        "depend less on how a slide is read: they did, in one screening, and alignment did not "
+        "gain (docs/results.md)",
     )
     mpp_jitter: float = _option(
         0.0,
