@@ -68,7 +68,8 @@ class DistillOptions:
     relational_weight: float = _option(
         0.0,
         "weight of a loss on the batch's pairwise cosine similarities (each process its own "
-        "batch), student's global projections against teacher's global targets; not yet measured",
+        "batch), student's global projections against teacher's global targets; no gain in one "
+        "screening",
     )
     target_centering: str = _option(
         "none",
@@ -114,7 +115,8 @@ class DistillOptions:
         0.0,
         "draw the student's um/px from 2.0 * (1 +- F), cut from image_5x_wide (xmag corpus "
         "--margin F); targets: the mean of the sub-patches by the share of each that the view "
-        "shows, and each cell's own only within 5% of 2.0 um/px; not yet measured",
+        "shows, and each cell's own only within 5% of 2.0 um/px; cost alignment at 2.0 in one "
+        "screening (docs/results.md)",
     )
     mixed_precision: str = _option(
         "auto", "auto: bf16 on a GPU that has it, else no", choices=("auto", "no", "bf16", "fp16")
