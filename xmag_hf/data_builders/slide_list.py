@@ -7,7 +7,7 @@ import glob
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -148,16 +148,9 @@ def with_csv_metadata(
         CorpusError: As `read_slides_csv`, two lines for one stem, or no line for any file.
     """
     csv_path = Path(csv_path)
-    lines: dict[str, tuple[int, dict[str, str]]] = {}
-    for number, line in _read_table(csv_path):
-        where = f"{csv_path}, line {number}"
-        name = line.get("slide") or line.get("slide_id") or ""
-        stem = Path(name).stem if line.get("slide") else name
-        if not stem:
-            raise CorpusError(f"{where}: neither `slide` nor `slide_id`. Fill in one of them.")
-        if stem in lines:
-            raise CorpusError(f"{where}: {stem} again, first on line {lines[stem][0]}. Drop one.")
-        lines[stem] = (number, line)
+    lines = _lines_by_name(
+        csv_path, lambda line: _stem(line) if line.get("slide") else line.get("slide_id", "")
+    )
     if not any(name in lines for slide in slides for name in _names(slide)):
         raise CorpusError(
             f"{csv_path}: no line is for any of the {len(slides)} slides ({slides[0].slide_id}, "
@@ -186,14 +179,9 @@ def read_mpp(csv_path: str | os.PathLike[str]) -> dict[str, float]:
     """
     csv_path = Path(csv_path)
     found: dict[str, float] = {}
-    first: dict[str, int] = {}
-    for number, line in _read_table(csv_path):
+    lines = _lines_by_name(csv_path, lambda line: line.get("slide_id") or _stem(line))
+    for name, (number, line) in lines.items():
         where = f"{csv_path}, line {number}"
-        name = line.get("slide_id") or Path(line.get("slide", "")).stem
-        if not name:
-            raise CorpusError(f"{where}: neither `slide` nor `slide_id`. Fill in one of them.")
-        if first.setdefault(name, number) != number:
-            raise CorpusError(f"{where}: {name} again, first on line {first[name]}. Drop one.")
         mpp = _row(SlideRow(Path(name)), line, where).mpp
         if mpp is not None and not 0 < mpp < math.inf:
             raise CorpusError(f"{where}: mpp {mpp:g} must be above 0.")
@@ -225,6 +213,26 @@ def check_unique(slides: Sequence[SlideRow]) -> None:
 def absolute(row: SlideRow) -> SlideRow:
     """The row with an absolute path, for workers and records."""
     return replace(row, path=row.path.absolute())
+
+
+def _lines_by_name(
+    path: Path, name_of: Callable[[dict[str, str]], str]
+) -> dict[str, tuple[int, dict[str, str]]]:
+    """Name of a slide -> (line number, line); a line without a name or a name twice is refused."""
+    lines: dict[str, tuple[int, dict[str, str]]] = {}
+    for number, line in _read_table(path):
+        where, name = f"{path}, line {number}", name_of(line)
+        if not name:
+            raise CorpusError(f"{where}: neither `slide` nor `slide_id`. Fill in one of them.")
+        if name in lines:
+            raise CorpusError(f"{where}: {name} again, first on line {lines[name][0]}. Drop one.")
+        lines[name] = (number, line)
+    return lines
+
+
+def _stem(line: dict[str, str]) -> str:
+    """Of the file that a line names; empty if it names none."""
+    return Path(line.get("slide", "")).stem
 
 
 def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:

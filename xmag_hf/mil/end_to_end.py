@@ -327,9 +327,9 @@ def _folds(cohort: Cohort, options: E2EOptions) -> tuple[Cohort, np.ndarray]:
             f"--folds-csv {given}: other folds than those of the heads in {options.head}, which "
             "would be tested on slides they have learnt from. Leave --folds-csv out."
         )
-    written = {line["fold"] for _, line in read_lines(Path(given), ("fold",))}
     cohort, folds = read_folds(Path(given), cohort)
-    if study.is_file() and folds.max() + 1 != len(written):
+    written = {line["fold"] for _, line in read_lines(study, ("fold",))} if study.is_file() else ()
+    if written and folds.max() + 1 != len(written):
         raise MILError(
             f"{given}: of its {len(written)} folds only {folds.max() + 1} have slides here: heads "
             f"in {options.head} would be taken for those of other folds, and tested on slides they "

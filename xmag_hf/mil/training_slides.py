@@ -48,8 +48,8 @@ def warn_of_training_slides(head: str | Path, slide_ids: Sequence[str]) -> None:
     """Say which slides a head knows from its training, where that can be known."""
     known = training_slides(head)
     seen = [name for name in slide_ids if name in known]
-    unseen = _study(Path(head).resolve())[0] / PREDICTIONS
     if seen:
+        unseen = _study(Path(head).resolve())[0] / PREDICTIONS
         logger.warning(
             "%d of %d slides belong to the training of this head (%s): its answers there are too "
             "good to judge it by.%s",
