@@ -53,7 +53,7 @@ STUDENTS: dict[str, list[str]] = {
 }
 COMPARED = (
     ("distilled", "teacher at 20x"),
-    ("local only", "teacher at 20x"),  # added when held-out alignment had put it first
+    ("local only", "teacher at 20x"),  # added after the scores had been seen
     ("distilled", "start at 5x"),
     ("teacher at 20x", "teacher on enlarged 5x"),
     ("distilled", "5x targets"),
