@@ -21,7 +21,7 @@ import tifffile
 from datasets import load_dataset
 from lanczos_reference import expected_region
 from PIL import Image
-from process_state import process_runs
+from process_state import worker_ends_with_killed_parent
 from tiled_tiff import write_tiff
 
 from xmag_hf.data_builders import CorpusError, CorpusOptions, SlideRow
@@ -348,19 +348,7 @@ def test_workers_end_with_a_killed_parent(tmp_path, cmu_slide):
     script, told = tmp_path / "orphaned.py", tmp_path / "out.pid"
     script.write_text(ORPHANED)
     command = [sys.executable, str(script), str(tmp_path / "out"), str(cmu_slide)]
-    parent = subprocess.Popen(command)
-    deadline = time.monotonic() + 120  # two processes import the package first
-    try:
-        while not (told.exists() and told.read_text().endswith(" ")):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    finally:
-        parent.kill()
-        parent.wait()
-    worker, deadline = int(told.read_text()), time.monotonic() + 30
-    while process_runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not process_runs(worker)
+    assert worker_ends_with_killed_parent(command, told)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, cmu_slide, small_slides):

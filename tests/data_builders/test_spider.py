@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from datasets import ClassLabel, DatasetDict, load_dataset
 from datasets import Image as ImageFeature
 from lanczos_reference import expected_region
 from PIL import Image
+from process_state import worker_ends_with_killed_parent
 from spider_folder import (
     CLASSES,
     LABELLED,
@@ -397,3 +399,25 @@ def test_builder_class_of_an_organ_whose_classes_are_in_the_data(tmp_path, cmu_p
     assert again.as_dataset("test").num_rows == 2
     white = Spider(config_name="thorax", data_dir=tmp_path, cache_dir=str(tmp_path / "c"))
     assert white.cache_dir != builder.cache_dir
+
+
+# Workers import this file anew; the first to work tells its pid and is busy for ever.
+ORPHANED = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from xmag_hf.data_builders import spider_build
+def make_rows(*args):
+    Path(sys.argv[1]).write_text(f"{os.getpid()} ")
+    time.sleep(600)
+spider_build.make_rows, spider_build.locate = make_rows, lambda source, record: record
+if __name__ == "__main__":
+    records = range(2 * spider_build.CHUNK)
+    list(spider_build._rows(SimpleNamespace(reader=None), records, "error", workers=2))
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script, told = tmp_path / "orphaned.py", tmp_path / "pid"
+    script.write_text(ORPHANED)
+    assert worker_ends_with_killed_parent([sys.executable, str(script), str(told)], told)
