@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiled_tiff import write_tiff
 
-from xmag_hf.embedding.annotation import AnnotationError
+from xmag_hf.embedding.annotation import AnnotationError, annotated_tissue
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.embedding.plan import Overview, patch_geometry, plan_slide
 from xmag_hf.embedding.preview import (
@@ -22,7 +22,7 @@ from xmag_hf.embedding.preview import (
 )
 from xmag_hf.embedding.sources import SlideSource
 from xmag_hf.encoders import ENCODERS
-from xmag_hf.slides import TissueMask
+from xmag_hf.slides import TissueMask, open_slide
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,18 @@ def test_annotated_tissue_with_a_hole(half):
         covered[y : y + 100, x : x + 100] = True
     share = (drawn & covered).sum() / drawn.sum()
     assert 0.9 < share < 1 and made.tissue_share == pytest.approx(share, abs=0.02)
+
+
+def test_annotations_count_from_the_scanned_areas_corner(half):
+    """QuPath shows the scanned area alone, and exports pixels of what it shows."""
+    content = json.dumps({"type": "Polygon", "coordinates": [square(100, 0, 300, 200)]})
+    half.with_suffix(".geojson").write_text(content)
+    with open_slide(half) as slide:
+        slide.origin_xy = (200, 400)
+        made = annotated_tissue(half.with_suffix(".geojson"), slide, 1.0)
+    rows, columns = np.nonzero(made.mask)  # two px of level 0 each
+    assert (columns.min() * 2, columns.max() * 2 + 2) == (300, 500)
+    assert (rows.min() * 2, rows.max() * 2 + 2) == (400, 600)
 
 
 def test_crossing_and_empty_polygons(half, caplog):

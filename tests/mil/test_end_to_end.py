@@ -194,6 +194,13 @@ def test_a_finished_study_is_read_and_another_is_refused(
     np.testing.assert_array_equal(again.trained[0].probabilities, result.trained[0].probabilities)
     with pytest.raises(MILError, match="learning_rate: 0.001 then, 0.002 now"):
         end_to_end(sources(slides), options(slides, encoder, out, learning_rate=2e-3), READING)
+    text = (slides / "labels.csv").read_text()
+    renamed = out.parent / "renamed.csv"  # heads of both names would lie beside each other
+    renamed.write_text(text.replace("light", "pale"))
+    with pytest.raises(MILError, match="slides: "):
+        end_to_end(sources(slides), options(slides, encoder, out, labels=str(renamed)), READING)
+    record = json.loads((result.trained[0].folder / "fold.json").read_text())["run"]
+    assert record["precision"] == "no"  # what "auto" meant here: on a GPU this is another run
 
 
 def test_slides_that_cannot_be_used_are_left_out_and_told(

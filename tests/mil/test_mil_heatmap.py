@@ -126,6 +126,19 @@ def test_geojson_is_what_qupath_reads() -> None:
     assert neighbours[0].intersection(neighbours[1]).area == pytest.approx(50.4 * 150.4)
 
 
+def test_geojson_counts_from_the_scanned_areas_corner(bag: Bag, cmu_slide: Path) -> None:
+    """QuPath's OpenSlideImageServer reads tile (x, y) at (x + bounds-x, y + bounds-y)."""
+    prediction = Prediction(np.array([0.5, 0.5]), np.arange(1, 8) / 28)
+    with open_slide(cmu_slide) as slide:
+        slide.origin_xy = (40, 300)
+        made = draw_heatmap(slide, bag, prediction, HeatmapOptions(top=0))
+    collection = json.loads(made[".geojson"])
+    assert collection["xmag"]["origin_level0"] == [40, 300]
+    for (x, y), feature in zip(bag.coords.tolist(), collection["features"], strict=True):
+        left, top = shape(feature["geometry"]).bounds[:2]
+        assert (left + 40, top + 300) == (x, y)
+
+
 @pytest.fixture
 def bag() -> Bag:
     """Six patches of 448 um beside each other on the CMU slide, and one half over another."""

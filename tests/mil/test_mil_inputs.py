@@ -55,6 +55,22 @@ def test_refused_before_a_bag_is_read(tmp_path, monkeypatch, more, words) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"bags", "labels.csv", "ragged.csv"}
 
 
+@pytest.mark.parametrize("name", ["CPTAC/LUAD", "..", "a\nb", "a:b"])
+def test_a_cohorts_name_must_do_for_files(name) -> None:
+    """It is part of pictures' names, which are drawn when all heads are trained."""
+    with pytest.raises(MILError, match="files are named after it"):
+        StudyOptions(labels="l", out="o", external_name=name)
+
+
+def test_a_study_called_abmil_is_not_what_head_abmil_means(tmp_path, monkeypatch) -> None:
+    cohort = cohort_of("abababab", [f"p{n}" for n in range(8)])
+    monkeypatch.chdir(tmp_path)
+    Path("abmil").mkdir()
+    Path("abmil/folds.csv").write_text("slide_id,patient_id,label,fold\ns0,p0,a,0\ns1,p1,b,1\n")
+    kept, folds = _folds(cohort, E2EOptions(encoder="e", labels="l", out="o", folds=2))
+    assert len(kept) == 8 and sorted(folds.tolist()) == [0] * 4 + [1] * 4
+
+
 def test_measurements_are_no_classes() -> None:
     ages = [LabelRow(f"s{n}", f"p{n}", f"{40 + n / 3:.2f}") for n in range(20)]
     with pytest.raises(MILError, match="20 values .* in 20 slides are measurements"):

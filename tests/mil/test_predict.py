@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiled_tiff import write_tiff
 
 from xmag_hf.cli.main import main
 from xmag_hf.embedding import Bag, BagInfo, EmbedOptions, SlideSource, embed_slide, write_bag
@@ -205,7 +206,78 @@ def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
     assert answer.prediction is None and "none" in answer.reason
 
 
-@pytest.mark.parametrize("what", ["nothing", "empty", "study", "encoder", "no weights"])
+def test_slides_of_another_nominal_scale_are_refused(tmp_path, caplog):
+    """TRIDENT's files say no um/px and no encoder: their magnification, and a warning."""
+    silent = {"encoder": None, "encoder_revision": None, "pooling": None, "mpp": None}
+    folder = make_head(tmp_path / "h", **silent, patch_px=256, target_magnification=20.0)
+    model = load_head(folder)
+    assert "did not say their encoder and mpp" in caplog.text
+    info = BagInfo(patch_px=256, magnifications=(40.0, 20.0))
+    check_bag(model.config, bag_of("s", info=info))
+    other = dataclasses.replace(info, magnifications=(40.0, 5.0))
+    with pytest.raises(MILError, match=r"target_magnification 5.0, not 20.0"):
+        check_bag(model.config, bag_of("s", info=other))
+    known = dataclasses.replace(info, mpp=0.5)
+    assert known.target_magnification is None  # um/px says it better
+
+
+def test_what_was_answered_is_kept_when_the_rest_is_not(head, tmp_path, capsys, monkeypatch):
+    bags = [tmp_path / f"{name}.h5" for name in "abc"]
+    for path in bags:
+        write_bag(path, bag_of(path.stem))
+    out = tmp_path / "p.csv"
+    asked = ["predict", *map(str, bags), "--head", str(head), "--out", str(out), "--quiet"]
+
+    def fails(error):
+        def ask(model, bag):
+            if bag.slide_id == "b":
+                raise error
+            return predict_bag(model, bag)
+
+        return ask
+
+    monkeypatch.setattr("xmag_hf.mil.predict.predict_bag", fails(KeyboardInterrupt()))
+    assert main(asked) == 1
+    told = capsys.readouterr()
+    assert "1 of 3 slides" in told.out and "resume" not in told.err
+    with out.open(newline="") as stream:
+        assert [row["slide_id"] for row in csv.DictReader(stream)] == ["a"]
+    monkeypatch.setattr("xmag_hf.mil.predict.predict_bag", fails(MemoryError()))
+    assert main(asked) == 1
+    assert "b: not enough memory" in capsys.readouterr().out
+    with out.open(newline="") as stream:
+        assert [row["predicted"] != "" for row in csv.DictReader(stream)] == [True, False, True]
+
+
+def test_two_bags_of_one_name_are_refused(head, tmp_path, capsys):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_bag(tmp_path / folder / "s.h5", bag_of("s"))
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "one"), str(tmp_path / "two"), "--head", str(head),
+              "--out", str(tmp_path / "p.csv")])  # fmt: skip
+    assert "two bags of one name" in capsys.readouterr().err
+
+
+def test_a_slide_without_tissue_is_no_failure(tmp_path, capsys):
+    student = tmp_path / "student"
+    config = XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
+    XMAGModel(config).save_pretrained(student)
+    image_processor_for(config).save_pretrained(student)
+    encoder = load_encoder(str(student))
+    identity = {"encoder": encoder.name, "encoder_revision": encoder.revision, "embed_dim": 24}
+    head = make_head(tmp_path / "head", **identity)
+    glass = write_tiff(tmp_path / "glass.tif", [np.full((900, 900, 3), 245, np.uint8)], mpp=0.5)
+    out = tmp_path / "p.csv"
+    code = main(["predict", str(glass), "--head", str(head), "--model", str(student), "--out",
+                 str(out), "--quiet"])  # fmt: skip
+    assert code == 0 and "skipped: glass: no tissue" in capsys.readouterr().out
+    assert "glass,,,,,0,glass: no tissue" in out.read_text()
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "empty", "study", "encoder", "no weights", "cut short", "other shapes"]
+)
 def test_what_is_no_head(head, tmp_path, what):
     """A name that is no folder is not looked for on the Hub, which may be out of reach."""
     folder = tmp_path / "model"
@@ -224,5 +296,13 @@ def test_what_is_no_head(head, tmp_path, what):
     if what == "no weights":
         folder.mkdir()
         (folder / "config.json").write_bytes((head / "config.json").read_bytes())
+    if what == "cut short":
+        shutil.copytree(head, folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+    if what == "other shapes":
+        shutil.copytree(head, folder)
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text.replace('"hidden_dim": 8', '"hidden_dim": 9'))
     with pytest.raises(MILError, match=words):
         load_head(folder)

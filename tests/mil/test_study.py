@@ -19,6 +19,7 @@ from xmag_hf.cli.main import main
 from xmag_hf.embedding import Bag, BagInfo, read_bag, write_bag
 from xmag_hf.mil import HeadOptions, MILError, StudyOptions, load_head, run_study
 from xmag_hf.mil.bags import LabelledBags, open_bag, pad_bags, shuffled_batches
+from xmag_hf.mil.compare import CompareOptions, compare_studies
 from xmag_hf.mil.folds import make_folds, read_folds, validation_rows, write_folds
 from xmag_hf.mil.labels import Cohort, class_names, join, read_labels
 from xmag_hf.mil.train import balanced_weights, train_head
@@ -190,6 +191,8 @@ def test_mixed_encoders(made, tmp_path, change, words):
         ("slide_id,label\ns1,a", "no column patient_id; it has slide_id, label"),
         ("slide_id,patient_id,label\ns1,p1,a\ns1,p1,b", "'s1' stands in rows 1 and 2"),
         ("slide_id,patient_id,label\ns1,,a", "line 2: no patient_id"),
+        ("slide_id,patient_id,label\ns1,p1,NA", "line 2: no label"),  # as R writes it
+        ("slide_id,patient_id,label\ns1,nan,a", "line 2: no patient_id"),
         ("slide_id,patient_id,label\ns1,p1", "line 2: not as many fields"),
         ("slide_id,patient_id,label", "a header without lines"),
         ("", "it has nothing"),
@@ -509,6 +512,61 @@ def test_encoders_and_heads_on_the_same_folds_in_processes(made, study, tmp_path
     assert "DeLong" not in printed.out  # two slides a patient: the bootstrap draws patients
 
 
+def test_slides_of_patients_with_one_each_are_tested_by_delong(tmp_path):
+    """What `xmag compare` says of the same studies, docs/reproduction.md."""
+    lines = [(name, name, label) for name, _, label in cohort_lines()]
+    slides = {name: int(label[-1]) for name, _, label in lines}
+    labels = write_labels(tmp_path / "labels.csv", lines)
+    folders = [make_bags(tmp_path / name, slides, dim) for name, dim in (("a", D), ("b", 9))]
+    out = tmp_path / "out"
+    chosen = StudyOptions(labels=str(labels), out=str(out), folds=2, samples=20, jobs=1)
+    result = run_study(folders, chosen, FAST)
+    again = compare_studies([out / "a", out / "b"], CompareOptions(samples=20))
+    assert any("DeLong" in one.test.test for one in result.tests)
+    told, expected = (
+        [(one.metric, one.test.test, one.test.p_value) for one in made.tests]
+        for made in (result, again)
+    )
+    told, expected = ([t for t in part if "bootstrap" not in t[1]] for part in (told, expected))
+    assert told == expected
+
+
+def test_a_study_begun_on_a_gpu_does_not_go_on_without_one(made, tmp_path, monkeypatch):
+    """A GPU trains in bf16, a CPU in fp32: folds of both would be averaged."""
+    from xmag_hf.mil import study as module
+
+    train = module.train_fold
+
+    def dies(task, advance):
+        if task.fold:
+            raise KeyboardInterrupt
+        train(task, advance)
+
+    chosen = options(made, tmp_path / "study", folds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_fold", dies)
+        patch.setattr(module, "precision_of", lambda device: "bf16")
+        with pytest.raises(KeyboardInterrupt):
+            run_study([made[0]], chosen, FAST)
+    with pytest.raises(MILError, match="work of another study"):
+        run_study([made[0]], chosen, FAST)
+
+
+def test_bags_of_two_nominal_scales_are_not_mixed(tmp_path):
+    """TRIDENT's files say no um/px: their magnification is all there is to compare."""
+    slides = {name: int(label[-1]) for name, _, label in cohort_lines()}
+    folder = make_bags(tmp_path / "bags", slides, info=BagInfo(patch_px=256))
+    for number, path in enumerate(sorted(folder.glob("*.h5"))):
+        with h5py.File(path, "r+") as file:
+            file.attrs.clear()
+            file["coords"].attrs["level0_magnification"] = 40
+            file["coords"].attrs["target_magnification"] = 5 if number == 3 else 20
+    labels = write_labels(tmp_path / "labels.csv", cohort_lines())
+    chosen = StudyOptions(labels=str(labels), out=str(tmp_path / "o"), folds=2, samples=20)
+    with pytest.raises(MILError, match="target_magnification 20.0 and 5.0"):
+        run_study([folder], chosen, FAST)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -636,6 +694,23 @@ def test_a_preset_makes_its_labels_and_shows_the_paper_beside_ours(tmp_path):
     assert (out / "predictions.csv").read_text() == (
         tmp_path / "plain" / "predictions.csv"
     ).read_text()
+
+
+def test_a_presets_classes_keep_their_order(tmp_path):
+    """By letter, high would come before low, and be the class of index 0."""
+    scores = {f"TCGA-AA-{k:04d}": 40 if k % 2 else 10 for k in range(24)}
+    lines = [f"{patient},{score}" for patient, score in scores.items()]
+    table, sheet = tmp_path / "scores.csv", tmp_path / "sheet.tsv"
+    table.write_text("\n".join(["patient_id,recurrence_score", *lines]))
+    names = [f"{patient}-01Z-00-DX1.{k:08d}" for k, patient in enumerate(scores)]
+    lines = [f"{n}.svs\tTCGA-BRCA\t{p}" for n, p in zip(names, scores, strict=True)]
+    sheet.write_text("\n".join(["File Name\tProject ID\tCase ID", *lines]))
+    slides = {name: int(s > 25) for name, s in zip(names, scores.values(), strict=True)}
+    bags = make_bags(tmp_path / "bags", slides)
+    chosen = StudyOptions(out=str(tmp_path / "study"), preset="brca-odx", folds=2, samples=20,
+                          preset_files=(str(table), str(sheet)), jobs=1)  # fmt: skip
+    run_study([bags], chosen, FAST)
+    assert load_head(tmp_path / "study" / "head").config.id2label == {0: "low", 1: "high"}
 
 
 def test_preset_options_that_contradict(tmp_path):

@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tissue-geojson",
         type=Path,
         metavar="F",
-        help="polygons in level-0 px that say where tissue is: a file for one slide, or a folder "
-        "of SLIDE_ID.geojson",
+        help="polygons, as QuPath exports them, that say where tissue is: a file for one slide, "
+        "or a folder of SLIDE_ID.geojson",
     )
 
 

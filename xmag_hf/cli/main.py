@@ -33,6 +33,7 @@ VERBS = {
     "compare": ("xmag_hf.cli.compare", "studies on the same slides -> paired tests, intervals"),
     "convert": ("xmag_hf.cli.convert", "DINOv2 or XMAG weights -> XMAG folder"),
 }
+STARTS_ANEW = ("project", "info", "predict", "bench", "compare")  # keep nothing to go on from
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,7 +88,8 @@ def run_verb(verb: str, argv: Sequence[str], prog: str | None = None) -> int:
     try:
         return module.run(args, parser)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; run the same command again to resume", file=sys.stderr)
+        resumed = "" if verb in STARTS_ANEW else "; run the same command again to resume"
+        print(f"{prog}: interrupted{resumed}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError) as error:
         # Ours carry subject, value and remedy. Anything else is a bug and keeps its traceback.

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Write the CSV and print it; 1 if there is no answer for a slide."""
+    """Write the CSV and print it; 1 if there is no answer for a slide that has tissue."""
     from transformers.utils.logging import disable_progress_bar
 
     from xmag_hf.mil.predict import (
@@ -63,20 +63,25 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         names = [source.slide_id for source in sources]
     warn_of_training_slides(args.head, names)
     told = []
-    with counting_bars(args.quiet) as advance:
-        for answer in answers:
-            told.append(answer)
-            advance("slides", 1, len(names))
     classes = [model.config.id2label[n] for n in range(model.config.num_labels)]
-    write_answers(args.out, classes, told)
+    try:
+        with counting_bars(args.quiet) as advance:
+            for answer in answers:
+                told.append(answer)
+                advance("slides", 1, len(names))
+    finally:  # what hours have given is kept, whatever ends the rest
+        if told:
+            write_answers(args.out, classes, told)
+        if len(told) < len(names):
+            print(f"{args.out}: {len(told)} of {len(names)} slides; the rest was not reached")
     for answer in told:
         if answer.prediction is None:
-            print(f"failed: {answer.reason}")
+            print(f"{'skipped' if answer.skipped else 'failed'}: {answer.reason}")
         else:
             share = answer.prediction.probabilities.max()
             print(f"{answer.slide_id}: {answer.prediction.label} {share:.3f}")
     print(f"-> {args.out}")
-    return int(any(answer.prediction is None for answer in told))
+    return int(any(answer.prediction is None and not answer.skipped for answer in told))
 
 
 def _bags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Path]:
@@ -92,4 +97,8 @@ def _bags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Pat
         parser.error(
             f"{found[0]} is a bag, and {others[0]} is none. Bags and slides take a command each."
         )
+    first: dict[str, Path] = {}
+    for path in found:
+        if first.setdefault(path.stem, path) != path:
+            parser.error(f"{first[path.stem]} and {path}: two bags of one name. Keep one of them.")
     return found

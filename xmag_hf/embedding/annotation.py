@@ -1,4 +1,8 @@
-"""Tissue from a GeoJSON annotation (QuPath's export, coordinates in level-0 px)."""
+"""Tissue from a GeoJSON annotation, as QuPath exports it: level-0 px.
+
+QuPath counts them from the scanned area's corner where a file states it (openslide.bounds-x and
+-y: MIRAX, Leica), since its OpenSlide reader shows that area alone.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,8 @@ def annotated_tissue(path: Path, slide: Slide, mpp: float) -> TissueMask:
     out, with a warning.
 
     Args:
-        path: FeatureCollection, Feature or geometry; (x, y) in level-0 px.
+        path: FeatureCollection, Feature or geometry; (x, y) in level-0 px from the scanned area's
+            corner, `slide.origin_xy`.
         slide: Gives size and scale.
         mpp: um per mask pixel.
 
@@ -58,16 +63,22 @@ def annotated_tissue(path: Path, slide: Slide, mpp: float) -> TissueMask:
     for polygon in polygons:
         area = np.zeros_like(mask)
         for number, ring in enumerate(polygon):
-            filled = _fill(ring / pixel_level0, (width, height), f"{slide.slide_id}: {path.name}")
+            placed = (ring + slide.origin_xy) / pixel_level0
+            filled = _fill(placed, (width, height), f"{slide.slide_id}: {path.name}")
             area = area & ~filled if number else filled
         mask |= area
     if not mask.any():
         raise AnnotationError(
             f"{slide.slide_id}: none of the {len(polygons)} polygons in {path} covers any of the "
-            f"slide ({slide.size_level0[0]} x {slide.size_level0[1]} px). Give level-0 px."
+            f"slide ({slide.size_level0[0]} x {slide.size_level0[1]} px{_origin(slide)}). Give "
+            "level-0 px, as QuPath exports them."
         )
     gaps = np.zeros_like(mask)
     return TissueMask(mask, pixel_level0, mpp, math.nan, gaps, annotation_method(content))
+
+
+def _origin(slide: Slide) -> str:
+    return f", counted from {slide.origin_xy}" if any(slide.origin_xy) else ""
 
 
 def annotation_method(content: bytes) -> str:

@@ -87,6 +87,16 @@ class BagInfo:
     magnifications: tuple[float, float] | None = None
 
     @property
+    def target_magnification(self) -> float | None:
+        """TRIDENT's nominal one, where no um/px is known: all that such a bag says of its scale."""
+        return self.magnifications[1] if self.mpp is None and self.magnifications else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What heads and resumed runs compare."""
+        return {name: getattr(self, name) for name in (*IDENTITY, "target_magnification")}
+
+    @property
     def width_level0(self) -> float | None:
         """Side of a patch in level-0 px, exact where the scales are known."""
         if self.mpp and self.mpp0 and self.patch_px:
@@ -139,7 +149,7 @@ class Bag:
     @property
     def identity(self) -> dict[str, Any]:
         """What heads and resumed runs compare."""
-        return {name: getattr(self.info, name) for name in IDENTITY}
+        return self.info.identity
 
 
 def write_bag(path: str | os.PathLike[str], bag: Bag) -> Path:

@@ -22,8 +22,8 @@ class HeadCardFacts:
     Attributes:
         model_type: `xmag_abmil` or `xmag_mean_pool`.
         classes: Names, in the order of the logits.
-        identity: Of the bags: encoder, encoder_revision, pooling, mpp, patch_px; None where they
-            do not say.
+        identity: Of the bags: encoder, encoder_revision, pooling, mpp, patch_px, and the nominal
+            target_magnification where there is no mpp; None where they do not say.
         encoder_licence: As the encoder's page says; None where nobody said.
         cohorts: Name -> class -> slides that it was trained or tested on.
         patients: Name of the cohort -> patients.
@@ -99,9 +99,9 @@ attention = output.attentions  # (1, patches), sums to 1
 
 ## Bags it takes
 
-Bags of anything else are refused by `xmag predict`.
+Bags that say anything else are refused by `xmag predict`; what is not stated cannot be checked.
 
-{_pairs({k: "not stated" if v is None else v for k, v in facts.identity.items()})}
+{_pairs(_stated(facts.identity))}
 
 ## Slides
 
@@ -131,6 +131,14 @@ def _cohorts(facts: HeadCardFacts) -> str:
         for name, counts in facts.cohorts.items()
     ]
     return _table(("cohort", "patients", *(f"slides: {name}" for name in facts.classes)), rows)
+
+
+def _stated(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What bags say of themselves; a nominal magnification only where they say nothing better."""
+    shown = {k: "not stated" if v is None else v for k, v in identity.items()}
+    if identity.get("target_magnification") is None:
+        shown.pop("target_magnification", None)
+    return shown
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmag_hf.embedding.bag import IDENTITY, open_h5, own_dataset, read_bag, read_info
+from xmag_hf.embedding.bag import open_h5, own_dataset, read_bag, read_info
 
 from .errors import MILError
 
@@ -34,7 +34,7 @@ class BagFile:
         path: The bag.
         patches: M.
         embed_dim: D.
-        identity: What heads compare: encoder, encoder_revision, pooling, mpp, patch_px.
+        identity: What heads compare, see `BagInfo`.
         dtype: Of the features as stored.
         offset: Of the features in the file, in bytes, where they lie there in one piece; else None.
         checksum: CRC-32 of the features.
@@ -86,7 +86,7 @@ def open_bag(path: Path) -> BagFile:
         path=path,
         patches=shape["patches"],
         embed_dim=shape["embed_dim"],
-        identity={name: getattr(info, name) for name in IDENTITY},
+        identity=info.identity,
         dtype=dtype.str,
         offset=offset,
         checksum=0,

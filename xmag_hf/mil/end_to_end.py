@@ -198,6 +198,7 @@ def _made(
         "head_revisions": heads,
         "slides": _digest(cohort, folds, cache),
         "cache": cache.folder.name,
+        "precision": str(accelerator.mixed_precision),
         "world": accelerator.num_processes,
         "xmag_hf": __version__,
     }
@@ -220,8 +221,9 @@ def _accelerator(options: E2EOptions) -> Accelerator:
 def _digest(cohort: Cohort, folds: np.ndarray, cache: FrozenCache) -> str:
     """Of what is learnt from whom: a resumed run must mean the same pixels, labels and folds."""
     origins = [cache.origin(str(name)) for name in cohort.slide_ids]
-    text = json.dumps([cohort.slide_ids.tolist(), cohort.labels.tolist(), folds.tolist(), origins])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    slides = [cohort.slide_ids, cohort.patient_ids, cohort.labels, folds]
+    content = [cohort.classes, *(column.tolist() for column in slides), origins]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def labelled_slides(sources: Sequence[SlideSource], options: E2EOptions) -> Cohort:
@@ -316,19 +318,20 @@ def _filled(
 def _folds(cohort: Cohort, options: E2EOptions) -> tuple[Cohort, np.ndarray]:
     """Folds of the slides: given, of the heads' study, or made; all 0 for a single training."""
     study = Path(options.head) / "folds.csv"
-    given = options.folds_csv or (study if study.is_file() else None)
+    of_study = options.head not in HEADS and study.is_file()  # a folder may be called abmil, too
+    given = options.folds_csv or (study if of_study else None)
     check_classes(cohort)
     if options.folds == 1:
         return cohort, np.full(len(cohort), -1)  # no slide is in the test fold, 0
     if given is None:
         return cohort, make_folds(cohort, options.folds, options.seed)
-    if study.is_file() and Path(given).read_bytes() != study.read_bytes():
+    if of_study and Path(given).read_bytes() != study.read_bytes():
         raise MILError(
             f"--folds-csv {given}: other folds than those of the heads in {options.head}, which "
             "would be tested on slides they have learnt from. Leave --folds-csv out."
         )
     cohort, folds = read_folds(Path(given), cohort)
-    written = {line["fold"] for _, line in read_lines(study, ("fold",))} if study.is_file() else ()
+    written = {line["fold"] for _, line in read_lines(study, ("fold",))} if of_study else ()
     if written and folds.max() + 1 != len(written):
         raise MILError(
             f"{given}: of its {len(written)} folds only {folds.max() + 1} have slides here: heads "

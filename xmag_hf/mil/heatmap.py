@@ -155,7 +155,8 @@ def make_heatmaps(
         started = time.perf_counter()
         try:
             bag = read_bag(_bag_path(bags, source))
-            record = _one(source, bag, model, head, out, options)
+            given = dataclasses.replace(source, mpp=source.mpp or reading.slide_mpp)
+            record = _one(given, bag, model, head, out, options)
             yield dataclasses.replace(record, seconds=time.perf_counter() - started)
         except SLIDE_FAULTS as error:
             reason = reason_of(source.slide_id, error)
@@ -298,6 +299,7 @@ def draw_heatmap(
             attention,
             colours,
             size_level0=slide.size_level0,
+            origin_level0=slide.origin_xy,
             about=about | {"label": prediction.label},
         ),
     }

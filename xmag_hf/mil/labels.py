@@ -17,6 +17,8 @@ from .errors import MILError
 REST = "rest"
 # (what is counted, steps done since the last call, steps in all)
 Advance = Callable[[str, int, int], None]
+# What tables write where they know nothing, in small letters.
+MISSING = ("", "na", "n/a", "#n/a", "nan")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def read_labels(
     """
     rows = []
     for number, line in read_lines(path, ("slide_id", "patient_id", column)):
-        empty = [name for name in ("slide_id", "patient_id", column) if not line[name]]
+        needed = ("slide_id", "patient_id", column)
+        empty = [name for name in needed if line[name].lower() in MISSING]
         if empty:
             raise MILError(
                 f"{path}, line {number}: no {empty[0]}. Fill it in, or drop the line; where each "

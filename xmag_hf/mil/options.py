@@ -135,8 +135,13 @@ class StudyOptions:
             raise MILError("give --labels, or --preset with --preset-files.")
         if not self.preset and bool(self.external_labels) != bool(self.external_bags):
             raise MILError("--external-labels and --external-bags: give both, or neither.")
-        if not self.external_name or self.external_name == INTERNAL:
-            raise MILError(f"--external-name {self.external_name!r}: choose another.")
+        name = self.external_name
+        if not name or name == INTERNAL:
+            raise MILError(f"--external-name {name!r}: choose another.")
+        if name[0] == "." or not name.isprintable() or set(name) & set('/\\:*?"<>|'):
+            raise MILError(
+                f"--external-name {name!r}: files are named after it. Letters, digits, - and _."
+            )
 
 
 def _hyphens(name: str) -> str:

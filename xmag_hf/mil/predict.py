@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import xmag_hf  # noqa: F401  (registers the classes of heads with transformers)
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
-from xmag_hf.embedding.bag import IDENTITY
+from xmag_hf.embedding.bag import BagInfo
 from xmag_hf.embedding.folding import folded
 from xmag_hf.embedding.options import POOLINGS
 from xmag_hf.embedding.run import checked_device, one_device
@@ -26,8 +28,10 @@ from xmag_hf.encoders import ENCODERS, Encoder, load_encoder
 from .errors import MILError
 from .slide_models import own_encoder
 
+logger = logging.getLogger(__name__)
+
 HUB_PREFIX = "hf:"
-HEAD_IDENTITY = (*IDENTITY, "embed_dim")  # what a head compares with a bag
+HEAD_IDENTITY = (*BagInfo().identity, "embed_dim")  # what a head compares with a bag
 ANSWER_COLUMNS = ("slide_id", "predicted")  # the first two
 HEAD_TYPES = ("xmag_abmil", "xmag_mean_pool", "xmag_slide")
 
@@ -49,12 +53,16 @@ class SlidePrediction:
 
 @dataclass(frozen=True, eq=False)
 class SlideAnswer:
-    """A line of the CSV: a prediction, or why there is none."""
+    """A line of the CSV: a prediction, or why there is none.
+
+    `skipped` means that nothing went wrong: the slide has no tissue to predict from.
+    """
 
     slide_id: str
     patches: int
     prediction: SlidePrediction | None
     reason: str = ""
+    skipped: bool = False
 
 
 def load_head(where: str | Path) -> Any:
@@ -89,11 +97,19 @@ def load_head(where: str | Path) -> Any:
         model = AutoModel.from_pretrained(name, config=config)
     except MILError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    # A file cut short is a SafetensorError, weights of other shapes a RuntimeError.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise MILError(
             f"--head {where}: no head there that loads ({str(error).splitlines()[0]}). Give a "
             "folder with config.json and model.safetensors, or hf:ORG/NAME."
         ) from error
+    unsaid = [name for name in ("encoder", "mpp") if getattr(config, name) is None]
+    if unsaid:
+        logger.warning(
+            "%s: its bags did not say their %s: whether others are of the same cannot be checked. "
+            "`xmag bags import` writes it into bags.",
+            where, " and ".join(unsaid),
+        )  # fmt: skip
     return model.eval()
 
 
@@ -155,10 +171,10 @@ def predict_bags(model: Any, paths: Sequence[Path]) -> Iterator[SlideAnswer]:
         try:
             bag = read_bag(path)
             check_bag(model.config, bag)
+            answer = SlideAnswer(bag.slide_id, len(bag.features), predict_bag(model, bag))
         except SLIDE_FAULTS as error:
-            yield SlideAnswer(path.stem, 0, None, reason_of(path.stem, error))
-        else:
-            yield SlideAnswer(bag.slide_id, len(bag.features), predict_bag(model, bag))
+            answer = SlideAnswer(path.stem, 0, None, reason_of(path.stem, error))
+        yield answer
 
 
 def predict_slides(
@@ -198,11 +214,14 @@ def _embedded_answers(
                 source.path, encoder, options, mpp0=source.mpp, slide_id=source.slide_id,
                 tissue_geojson=source.tissue_geojson,
             )  # fmt: skip
+            if not len(bag.features):
+                yield SlideAnswer(source.slide_id, 0, None, f"{source.slide_id}: no tissue", True)
+                continue
             check_bag(model.config, bag)
+            answer = SlideAnswer(source.slide_id, len(bag.features), predict_bag(model, bag))
         except SLIDE_FAULTS as error:
-            yield SlideAnswer(source.slide_id, 0, None, reason_of(source.slide_id, error))
-        else:
-            yield SlideAnswer(source.slide_id, len(bag.features), predict_bag(model, bag))
+            answer = SlideAnswer(source.slide_id, 0, None, reason_of(source.slide_id, error))
+        yield answer
 
 
 def head_geometry(config: Any, options: EmbedOptions) -> EmbedOptions:

@@ -20,6 +20,7 @@ from xmag_hf.atomic_write import write_atomically
 from xmag_hf.data_builders.tcga import parse_barcode, read_sample_sheet
 
 from .errors import MILError
+from .labels import MISSING
 from .options import StudyOptions
 from .presets import Preset, load_preset
 
@@ -341,7 +342,7 @@ def _scored(preset: Preset, path: Path, sheets: Sequence[Path], cohort: str) -> 
     scores: dict[str, float] = {}
     for number, line in _lines(path):
         patient, text = str(_pick(line, SCORE_COLUMNS[0])), str(_pick(line, SCORE_COLUMNS[1]))
-        if text.lower() in ("", "na", "nan"):
+        if text.lower() in MISSING:
             continue
         try:
             score = float(text)

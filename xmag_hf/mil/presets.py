@@ -70,7 +70,7 @@ class Preset:
     Attributes:
         name: As `--preset` takes it.
         task: In words.
-        classes: In the order of the labels 0..C-1.
+        classes: In the order of the labels 0..C-1, which is that of a study's head.
         cohorts: One trains; others test.
         paper: Published rows.
         reading: What the paper leaves open or says twice, and what is done here.

@@ -1,5 +1,8 @@
 """Attention of patches as GeoJSON that QuPath opens: one tile per patch, level-0 pixels.
 
+QuPath counts them from the scanned area's corner where a file states it (openslide.bounds-x and
+-y: MIRAX, Leica), since its OpenSlide reader shows that area alone.
+
 Fields as QuPath's PathObjectTypeAdapters reads and writes them since v0.4 (its measurements are an
 object of numbers since then): `id` a UUID, `properties` with objectType, name, color [r, g, b],
 isLocked and measurements. Tiles are detections, which QuPath draws by the thousand and colours by
@@ -28,6 +31,7 @@ def qupath_geojson(
     colours: np.ndarray,
     *,
     size_level0: tuple[int, int] | None = None,
+    origin_level0: tuple[int, int] = (0, 0),
     about: dict[str, Any] | None = None,
 ) -> bytes:
     """A FeatureCollection with one square tile per patch.
@@ -39,6 +43,7 @@ def qupath_geojson(
         attention: (M,) sums to 1.
         colours: (M, 3) uint8 RGB.
         size_level0: (width, height) of the slide: tiles of padded patches end there.
+        origin_level0: (x, y) of the scanned area, which QuPath counts from.
         about: Foreign member `xmag` of the collection; readers of GeoJSON ignore it (RFC 7946,
             section 6.1).
 
@@ -50,6 +55,7 @@ def qupath_geojson(
     ends = corners + width_level0
     if size_level0 is not None:
         ends = np.minimum(ends, size_level0)
+    corners, ends = corners - origin_level0, ends - origin_level0
     percentiles = percentile_ranks(attention)
     features = [
         {
@@ -76,6 +82,8 @@ def qupath_geojson(
         )
     ]
     collection: dict[str, Any] = {"type": "FeatureCollection", "features": features}
+    if any(origin_level0):
+        about = (about or {}) | {"origin_level0": list(origin_level0)}
     if about:
         collection["xmag"] = about
     return json.dumps(collection, allow_nan=False).encode()

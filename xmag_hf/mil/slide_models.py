@@ -82,6 +82,7 @@ def stamp(model: XMAGForSlideClassification, geometry: PatchGeometry) -> None:
     config.encoder, config.encoder_revision = encoder.name, encoder.revision
     config.pooling = own_pooling(encoder)
     config.mpp, config.patch_px = geometry.mpp, geometry.patch_px
+    config.target_magnification = None
 
 
 def own_encoder(

@@ -51,14 +51,15 @@ from .one_writer import only_writer
 from .options import INTERNAL, RESULTS, HeadOptions, StudyOptions
 from .predict import HEAD_IDENTITY, load_head
 from .preset_labels import with_preset
+from .presets import load_preset
 from .report import PACKAGES, Tested, score_study, write_report
-from .train import Head, Training, predict_head, train_head
+from .train import Head, Training, precision_of, predict_head, train_head
 
 logger = logging.getLogger(__name__)
 
 RUN, WORK = "run.json", "work"
 POLL_SECONDS = 0.2
-LOCAL = ("out", "device", "jobs")  # options of a machine, which change no result
+LOCAL = ("out", "device", "jobs")  # of a machine; what a device changes is `_precision`
 _WORKER: dict[str, Any] = {}  # of a process that trains: where it tells of finished epochs
 
 
@@ -242,6 +243,8 @@ def _plan(
     names = _names(bag_folders, options.head)
     rows = read_labels(Path(str(options.labels)), options.label_column, options.against_rest)
     classes = class_names(rows)
+    if options.preset:  # in the task's own order: what is high comes after what is low
+        classes = tuple(name for name in load_preset(options.preset).classes if name in classes)
     cohort = join(INTERNAL, rows, bag_folders, classes, advance)
     if options.folds_csv is None:
         check_classes(cohort)
@@ -364,9 +367,14 @@ def _digest(plan: _Plan) -> str:
     content = [
         __version__, _shown(plan.options), dataclasses.asdict(plan.head),
         plan.cohort.classes, slides, identities, plan.folds.tolist(),
-        [study.name for study in plan.studies],
+        [study.name for study in plan.studies], _precision(plan.options),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
+
+
+def _precision(options: StudyOptions) -> str:
+    """Of training and predicting: a study begun on a GPU does not go on without one."""
+    return precision_of(torch.device(_devices(options.device)[0]))
 
 
 def _shown(options: StudyOptions) -> dict[str, Any]:
@@ -500,6 +508,7 @@ def _conclude(plan: _Plan, study: Study, tasks: Sequence[FoldTask], digest: str)
         "head": study.kind,
         "bags": plan.cohort.bags[study.bags][0].identity,
         "embed_dim": plan.cohort.bags[study.bags][0].embed_dim,
+        "precision": _precision(plan.options),
         "options": _shown(plan.options) | dataclasses.asdict(plan.head),
         "classes": plan.cohort.classes,
         "folds": [one | size for one, size in zip(trained, sizes, strict=True)],
@@ -536,7 +545,7 @@ def _compare(plan: _Plan, digest: str) -> CompareResult:
 def _compare_options(plan: _Plan) -> CompareOptions:
     options = plan.options
     return CompareOptions(
-        names=tuple(study.name for study in plan.studies), by_patient=True,
+        names=tuple(study.name for study in plan.studies),
         samples=options.samples, level=options.level, seed=plan.head.seed, preset=options.preset,
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ class XMAGSlideHeadConfig(PreTrainedConfig):
         pooling: Of that encoder (`cls`, `mean`, `cls+mean`, `model`).
         mpp: um/px of the patches.
         patch_px: Side of a patch, px at `mpp`.
+        target_magnification: Nominal, of bags that say no um/px.
         **kwargs: Anything else a transformers configuration takes (`id2label`, ...).
 
     Raises:
@@ -47,6 +48,7 @@ class XMAGSlideHeadConfig(PreTrainedConfig):
         pooling: str | None = None,
         mpp: float | None = None,
         patch_px: int | None = None,
+        target_magnification: float | None = None,
         **kwargs: Any,
     ):
         self.embed_dim = check_whole("embed_dim", embed_dim)
@@ -58,6 +60,7 @@ class XMAGSlideHeadConfig(PreTrainedConfig):
         # From 100x to a thumbnail, as for the encoder.
         self.mpp = None if mpp is None else check_range("mpp", mpp, 0.05, 20.0, low_ok=True)
         self.patch_px = None if patch_px is None else check_whole("patch_px", patch_px)
+        self.target_magnification = target_magnification
         super().__init__(**kwargs)
         self.class_weights = None if class_weights is None else list(class_weights)
         _check_class_weights(self.class_weights, self.num_labels or 0)

@@ -16,7 +16,10 @@ from .configuration_xmag_lite import XMAGLiteConfig
 ENCODER_CONFIGS = {config.model_type: config for config in (XMAGConfig, XMAGLiteConfig)}
 HEAD_CONFIGS = {config.model_type: config for config in (XMAGABMILConfig, XMAGMeanPoolConfig)}
 # What readers of a head's configuration ask for, of the head in here.
-HEAD_FIELDS = ("encoder", "encoder_revision", "pooling", "mpp", "patch_px", "embed_dim")
+HEAD_FIELDS = (
+    *("encoder", "encoder_revision", "pooling", "mpp", "patch_px"),
+    *("target_magnification", "embed_dim"),
+)
 LITE_STAGES = 7  # of EfficientNet-Lite0, behind its stem
 TRAINED_STAGES = 2  # by default: blocks of a ViT, stages of lite
 
