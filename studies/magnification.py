@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -93,6 +94,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--score-only", action="store_true", help="train nothing; score what is there"
     )
+    parser.add_argument(
+        "--field-block", type=int, default=1, metavar="N",
+        help="take N fields in a row of CRCHistoPhenotypes for one unit, in folds and in "
+        "resampling: slides are not named there, and fields next to each other are stained alike",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples")
     args = parser.parse_args()
     if not args.corpus and not args.score_only:
@@ -177,7 +183,8 @@ def score(args: argparse.Namespace, name: str, specs: list[Any]) -> dict[str, np
         parts["glas"].append(folded.probabilities[..., 1].T)
         x = field_features(fields, encoder, mpp, options)
         counts = field_counts(args, fields)
-        parts["fields"].append(count_probe(x, counts).transpose(1, 0, 2))
+        groups = field_blocks(args, fields.splits["all"].ids)
+        parts["fields"].append(count_probe(x, counts, groups=groups).transpose(1, 0, 2))
         parts["cells"].append(cell_predictions(args, fields, encoder, mpp, options))
     return {key: np.concatenate(values, axis=1) for key, values in parts.items()}
 
@@ -206,9 +213,17 @@ def cell_predictions(
     options: dict[str, Any],
 ) -> np.ndarray:
     """Out-of-fold log counts of every grid cell, (m, seeds, types); folds are of fields."""
-    x, image = embed_cells(fields, encoder, mpp, **options)["all"]
+    x, _ = embed_cells(fields, encoder, mpp, **options)["all"]
     ids, counts = cell_counts(args, fields)
-    return count_probe(x, counts, groups=ids).transpose(1, 0, 2)
+    groups = field_blocks(args, ids)
+    return count_probe(x, counts, groups=ids if groups is None else groups).transpose(1, 0, 2)
+
+
+def field_blocks(args: argparse.Namespace, ids: np.ndarray) -> np.ndarray | None:
+    """Number of each field's block, by the number in its name; None where each is its own."""
+    if args.field_block == 1:
+        return None
+    return np.array([(int(re.sub(r"\D", "", name)) - 1) // args.field_block for name in ids])
 
 
 def field_counts(args: argparse.Namespace, fields: LabelledImages) -> np.ndarray:
@@ -278,9 +293,11 @@ def measures(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     split = glas.splits["all"]
     whole = field_counts(args, fields)
     cell_ids, cells = cell_counts(args, fields)
+    field_units = field_blocks(args, fields.splits["all"].ids)
+    cell_units = cell_ids if field_units is None else field_blocks(args, cell_ids)
     auc = {"key": "glas", "type": None, "truth": split.labels, "clusters": split.groups}
     found = {"GlaS AUC": auc | {"metric": partial(mean_over_repeats, roc_auc)}}
-    for key, counts, ids in (("fields", whole, None), ("cells", cells, cell_ids)):
+    for key, counts, ids in (("fields", whole, field_units), ("cells", cells, cell_units)):
         for number, kind in enumerate(TYPES):
             found[f"{key}: {kind}"] = {
                 "key": key,
