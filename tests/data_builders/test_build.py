@@ -25,7 +25,7 @@ from process_state import worker_ends_with_killed_parent
 from tiled_tiff import write_tiff
 
 from xmag_hf.data_builders import CorpusError, CorpusOptions, SlideRow
-from xmag_hf.data_builders.build import build_corpus
+from xmag_hf.data_builders.build import BuildState, build_corpus
 
 OPTIONS = CorpusOptions(stride=896, codec="png")
 
@@ -206,6 +206,23 @@ def test_bad_slides_are_recorded_and_do_not_stop_the_rest(tmp_path, small_slides
     assert (padded[:200, :300] == tiny).all()
     assert (padded[200:] == 255).all()
     assert (padded[:, 300:] == 255).all()
+
+
+def test_a_file_that_may_not_be_read_does_not_stop_the_rest(tmp_path, small_slides, monkeypatch):
+    """An administrator may read files of mode 000: the error is made here."""
+    closed, original = small_slides[0], Path.open
+
+    def refuse(self: Path, *args, **kwargs):
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    options = CorpusOptions(codec="png", tissue=0.05)
+    rows = [SlideRow(path) for path in small_slides[:2]]
+    summary = build_corpus(rows, tmp_path / "corpus", options)
+    assert [record.status for record in summary.records] == ["failed", "ok"]
+    assert "Permission denied" in summary.records[0].reason
 
 
 def test_given_mpp_and_coarse_slides_on_request(tmp_path, cmu_pixels):
@@ -421,6 +438,21 @@ def test_finished_corpora(tmp_path, small_slides):
     assert "| BRCA | 1 | 1 | 1 |" in card
     with Image.open(tmp_path / "a" / "cancer_types.png") as picture:
         assert picture.width > 100
+
+
+def test_a_second_build_into_one_folder_is_refused_at_every_step(tmp_path, small_slides):
+    rows, out, refusals = [SlideRow(path) for path in small_slides], tmp_path / "a", []
+
+    def second(state: BuildState) -> None:
+        with pytest.raises(CorpusError, match=f"--out {out}: process {os.getpid()} on .*a[.]lock"):
+            build_corpus(rows, out, OPTIONS)
+        refusals.append(state.slides_done)
+
+    first = build_corpus(rows, out, OPTIONS, progress=second)
+    assert {0, 2} <= set(refusals)
+    assert len(read_rows(out)) == first.pairs
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]  # no lock is left
+    assert build_corpus(rows, out, OPTIONS).already_done
 
 
 def test_changed_slides_are_done_again(tmp_path, small_slides, monkeypatch):

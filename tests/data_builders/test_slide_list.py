@@ -40,6 +40,22 @@ def test_patterns(folder, monkeypatch):
         find_slides(["empty"])
 
 
+def test_links_to_folders_are_followed_once(folder, tmp_path_factory):
+    """To a folder elsewhere, to one that is seen anyway, and back up (a circle)."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "four.svs").touch()
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "a" / "linked").symlink_to(elsewhere)
+    (folder / "a" / "again").symlink_to(folder / "b")
+    (folder / "b" / "up").symlink_to(folder)
+    names = [slide.path.relative_to(folder).as_posix() for slide in find_slides([folder])]
+    assert names == ["a/linked/four.svs", "a/two.TIFF", "b/one.svs", "three.ndpi"]
+    csv = folder / "slides.csv"
+    csv.write_text("slide_id\nfour\n")
+    (row,) = read_slides_csv(csv, folder)
+    assert row.path == folder / "a" / "linked" / "four.svs"
+
+
 def test_csv_by_path_and_by_stem(folder):
     csv = folder / "slides.csv"
     csv.write_text(
@@ -79,6 +95,23 @@ def test_csv_mistakes_name_the_line(folder, text, said):
     with pytest.raises(CorpusError, match=said) as caught:
         read_slides_csv(csv, folder)
     assert "slides.csv" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("slide_id,patient_id\none,Müller\n".encode("cp1252"), "not UTF-8.*CSV UTF-8"),  # Excel's
+        ("slide_id,patient_id\none,Müller\n".encode("utf-16"), "not UTF-8.*CSV UTF-8"),
+        (b"slide_id\n" + b"x" * 200_000, "line 2.*field larger than"),
+    ],
+)
+def test_what_is_no_csv_is_named(folder, content: bytes, said: str) -> None:
+    csv = folder / "slides.csv"
+    csv.write_bytes(content)
+    for read in (lambda: read_slides_csv(csv, folder),
+                 lambda: with_csv_metadata([SlideRow(folder / "b/one.svs")], csv)):  # fmt: skip
+        with pytest.raises(CorpusError, match=f"slides.csv.*{said}"):
+            read()
 
 
 def test_a_csv_for_other_slides_is_refused(tmp_path: Path) -> None:

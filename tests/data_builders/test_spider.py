@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -346,6 +347,23 @@ def test_a_killed_run_goes_on_after_its_last_shard(tmp_path, root):
     assert mine == once
     assert (out / "spider.json").read_text() == (tmp_path / "once" / "spider.json").read_text()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_second_build_into_one_folder_is_refused_at_every_step(tmp_path, root, built):
+    source, out, refusals = find_source("colorectal", root), tmp_path / "out", []
+
+    def second(stage: str, done: int, total: int) -> None:
+        with pytest.raises(
+            SpiderError, match=f"--out {out}: process {os.getpid()} on .*out[.]lock"
+        ):
+            build_spider(source, out)
+        refusals.append((stage, done))
+
+    build_spider(source, out, progress=second)
+    assert ("records", 1) in refusals and ("records", 24) in refusals
+    assert _rows(out) == _rows(built)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no lock is left
+    assert build_spider(source, out).already_done
 
 
 def test_what_is_there_is_kept(tmp_path, root, built, copy):

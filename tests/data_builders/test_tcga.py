@@ -72,6 +72,13 @@ def test_what_is_missing_is_said(download):
     assert len(tcga_slides(manifest, slides, sample_sheet=sheet, skip_missing=True)) == 1
     with pytest.raises(CorpusError, match="no column id, filename"):
         tcga_slides(sheet, slides)
+    text = sheet.read_text().replace("Slide Image", "Schnittbild von Müller")
+    sheet.write_bytes(text.encode("cp1252"))
+    with pytest.raises(CorpusError, match="sheet.tsv.*not UTF-8.*Download it again"):
+        tcga_slides(manifest, slides, sample_sheet=sheet)
+    sheet.write_text(SHEET_HEAD + "x" * 200_000)
+    with pytest.raises(CorpusError, match="sheet.tsv, line 2.*field larger than"):
+        tcga_slides(manifest, slides, sample_sheet=sheet)
     sheet.write_text(SHEET_HEAD)
     with pytest.raises(CorpusError, match="not in"):
         tcga_slides(manifest, slides, sample_sheet=sheet)

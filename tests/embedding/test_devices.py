@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -16,7 +17,14 @@ import pytest
 from process_state import process_runs
 from tiled_tiff import write_tiff
 
-from xmag_hf.embedding import EmbedError, EmbedOptions, SlideSource, embed_slides, read_bag
+from xmag_hf.embedding import (
+    EmbedError,
+    EmbedOptions,
+    SlideSource,
+    devices,
+    embed_slides,
+    read_bag,
+)
 
 ENCODER = "random:lite"
 OPTIONS = EmbedOptions(threads=1, batch_size=4, preview=False, device="cpu", features="float32")
@@ -32,6 +40,29 @@ pool = concurrent.futures.ProcessPoolExecutor(1, context, begin_child, (1,))
 print(pool.submit(os.getpid).result(), flush=True)
 pool.submit(time.sleep, 600)
 os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+# Two processes that end while most of what they told is unheard: more than a pipe holds.
+TALKERS = """
+from pathlib import Path
+from xmag_hf.embedding import EmbedOptions, SlideSource, devices
+from xmag_hf.embedding.records import SlideRecord
+from xmag_hf.embedding.run import EmbedState
+
+def work(number, sources, *others):
+    records = [SlideRecord(source.slide_id, "", "x" * 500) for source in sources[number::2]]
+    for done, record in enumerate(records):
+        devices._shared[1].put(devices._News(number, EmbedState(0, done), (record,)))
+    return devices._News(number, EmbedState(0, len(records)), tuple(records), {"options": {}})
+
+if __name__ == "__main__":
+    devices._work = work
+    sources, records, states = [SlideSource(Path(f"{n}.svs")) for n in range(6000)], {}, []
+    devices.run_on_devices(
+        sources, Path("."), "", EmbedOptions(), ["cpu", "cpu"], records, {}, progress=states.append
+    )
+    print(len(records), states[-1].slides_done)
 """
 
 
@@ -106,6 +137,30 @@ def test_a_process_ends_with_its_parent():
     while process_runs(child) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not process_runs(child)
+
+
+def test_it_ends_when_processes_have_told_more_than_a_pipe_holds(tmp_path):
+    script = tmp_path / "talkers.py"
+    script.write_text(TALKERS)
+    ended = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=180
+    )
+    assert ended.stdout.split() == ["6000", "6000"], ended.stderr
+
+
+def test_a_process_tells_a_few_times_a_second(tmp_path, encoder, monkeypatch):
+    """However fast slides are settled: the records come whole at its end."""
+    taken, news = multiprocessing.get_context("spawn").Value("q", 0), queue.Queue()
+    monkeypatch.setattr(devices, "_shared", (taken, news))
+    absent = [SlideSource(tmp_path / f"absent{number}.svs") for number in range(200)]
+    began = time.monotonic()
+    last = devices._work(0, absent, tmp_path, encoder, OPTIONS)
+    passed = time.monotonic() - began
+    assert [record.slide_id for record in last.records] == [source.slide_id for source in absent]
+    told = [news.get_nowait() for _ in range(news.qsize())]
+    assert len(told) <= passed / devices.POLL_SECONDS + 2
+    names = [record.slide_id for one in told for record in one.records]
+    assert names == [source.slide_id for source in absent][: len(names)]  # each once, in order
 
 
 def test_one_slide_takes_the_first_device(tmp_path, sources):

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from xmag_hf.embedding import (
     read_bag,
     write_bag,
 )
+from xmag_hf.embedding.sources import changed_at
 
 OPTIONS = EmbedOptions(threads=2, batch_size=4, preview=False, features="float32")
 
@@ -220,6 +222,60 @@ def test_a_finished_slide_is_left_alone_only_if_it_is_the_same(tmp_path, slide, 
     assert statuses(embed_slides(sources, out, encoder, OPTIONS)) == {"own": "ok"}
 
 
+def test_a_bag_with_losses_is_made_again_when_the_slide_was_copied_again(
+    tmp_path, cmu_slide, encoder
+):
+    """Damaged behind the first MiB, which tells slides apart; the copy keeps its old date."""
+    out, own, whole = tmp_path / "out", tmp_path / "own.svs", cmu_slide.read_bytes()
+    options = dataclasses.replace(OPTIONS, mpp=1.0)
+    own.write_bytes(whole[:1_100_000] + bytes(100_000) + whole[1_200_000:])
+
+    def embedded():
+        return embed_slides([SlideSource(own)], out, encoder, options).records[0]
+
+    first = embedded()
+    assert first.status == "ok" and first.unreadable > 0
+    again = embedded()
+    assert (again.status, again.unreadable) == ("present", first.unreadable)
+    assert f"own: {first.unreadable} patches" in again.reason
+    assert f"remove {out / 'own.h5'} to try again" in again.reason
+    own.write_bytes(whole)
+    os.utime(own, (1_000_000_000, 1_000_000_000))
+    mended = embedded()
+    assert (mended.status, mended.unreadable) == ("ok", 0)
+    assert mended.patches == first.patches + first.unreadable
+    assert len(read_bag(out / "own.h5").features) == mended.patches
+    last = embedded()
+    assert (last.status, last.reason) == ("present", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "content"),
+    [
+        ("a.svs", "a.svs", ""),
+        ("a.mrxs", "a/Data0003.dat", ""),
+        (
+            "a.vms",
+            "a scan(1,0).jpg",
+            "[Virtual Microscope Specimen]\nImageFile(1,0)=a scan(1,0).jpg",
+        ),
+        ("a.dcm", "level1.dcm", ""),
+    ],
+)
+def test_a_slide_changes_with_any_of_its_files(tmp_path, name, part, content):
+    slide = tmp_path / name
+    slide.write_text(content)
+    (tmp_path / "a").mkdir()
+    (tmp_path / part).touch()
+    before = changed_at(slide)
+    time.sleep(0.05)
+    (tmp_path / "other.svs").touch()
+    (tmp_path / "other.jpg").touch()
+    assert changed_at(slide) == before
+    (tmp_path / part).touch()
+    assert changed_at(slide) > before
+
+
 def test_a_scale_said_once_is_not_taken_for_the_file_s_own(tmp_path, slide, encoder):
     """The bag of a run with --slide-mpp has other coordinates than one without."""
     out = tmp_path / "out"
@@ -252,7 +308,7 @@ def test_a_summary_of_another_version_is_no_obstacle(tmp_path, slide, encoder):
 
 
 def test_a_lock_of_a_dead_process_and_its_leavings_are_cleared(tmp_path, slide, encoder):
-    from xmag_hf.embedding.lock import host
+    from xmag_hf.lock import host
 
     out = tmp_path / "out"
     (out / ".locks").mkdir(parents=True)

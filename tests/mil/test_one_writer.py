@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from xmag_hf.cli.main import main
-from xmag_hf.embedding.lock import host
+from xmag_hf.lock import host, only_writer
 from xmag_hf.mil.errors import MILError
-from xmag_hf.mil.one_writer import only_writer
 
 
 def leave(path: Path, pid: int) -> Path:
@@ -61,13 +60,13 @@ def test_the_second_names_the_first(verb, commands, tmp_path, capsys) -> None:
 
 def test_held_while_it_lasts_and_then_gone(tmp_path) -> None:
     out = tmp_path / "new" / "study"
-    with only_writer(out):
+    with only_writer(out, MILError):
         assert json.loads(out.with_name("study.lock").read_text())["pid"] == os.getpid()
-        with pytest.raises(MILError, match="is working on it"), only_writer(out):
+        with pytest.raises(MILError, match="is working on it"), only_writer(out, MILError):
             pass
-        with only_writer(tmp_path / "new" / "another"):
+        with only_writer(tmp_path / "new" / "another", MILError):
             pass
     assert not any(out.parent.iterdir())
-    with pytest.raises(RuntimeError), only_writer(out):
+    with pytest.raises(RuntimeError), only_writer(out, MILError):
         raise RuntimeError
     assert not any(out.parent.iterdir())

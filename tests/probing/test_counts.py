@@ -113,6 +113,13 @@ def test_images_are_found_by_stem_where_that_is_clear(tmp_path: Path) -> None:
     assert images_without_nuclei(path, [*ids, "g", "v1"]) == ("g", "v1")
 
 
+def test_blanks_around_names_make_no_other_ones(tmp_path: Path) -> None:
+    path = tmp_path / "nuclei.csv"
+    path.write_text("image,x,y,type\na ,1,1,t\na,2,2,t \nb,1,1, t\n")
+    counts = nuclei_counts(path, ["a", "b"], np.repeat(ALL, 2, axis=0), ["t"])
+    assert counts.ravel().tolist() == [2, 1]
+
+
 def test_more_than_half_of_the_images_without_a_line_are_refused(nuclei: Path) -> None:
     with pytest.raises(ProbeError, match="names 1 of the 3 images.*'c'"):
         nuclei_counts(nuclei, ["a", "c", "d"], np.repeat(ALL, 3, axis=0), ["epithelial"])

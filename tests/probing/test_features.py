@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import h5py
@@ -112,6 +114,48 @@ def test_interrupted_run_goes_on_from_its_last_chunk(images, tmp_path, monkeypat
     found = embed_images(images, rest, 0.5, cache_dir=cache)
     assert _seen(rest) == 4 + 1 + 1  # images 2, 3 and 4
     np.testing.assert_allclose(found["all"], _expected(images, 0.5), atol=1e-5)
+
+
+def test_run_whose_chunks_another_has_finished_and_removed_reads_its_file(
+    images, tmp_path, monkeypatch
+):
+    """The other begins when the first has one chunk, and ends before the second is written."""
+    monkeypatch.setattr(module, "CHUNK_IMAGES", 2)
+    cache, other = tmp_path / "cache", _encoder()
+
+    def run_another(done: int) -> None:
+        if list(cache.rglob("*.npz")) and not _seen(other):
+            embed_images(images, other, 0.5, cache_dir=cache)
+
+    found = embed_images(images, _encoder(), 0.5, cache_dir=cache, advance=run_another)
+    assert _seen(other) > 0
+    np.testing.assert_allclose(found["all"], _expected(images, 0.5), atol=1e-5)
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_run_that_ends_while_another_still_writes_chunks_is_done(images, tmp_path, monkeypatch):
+    """The other's chunk comes between the removal of ours and that of their folder."""
+    cache, rmdir = tmp_path / "cache", os.rmdir
+
+    def late(*given, **named) -> None:
+        (partial,) = cache.rglob("*.partial")
+        (partial / "late.npz").write_bytes(b"x")
+        rmdir(*given, **named)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    found = embed_images(images, _encoder(), 0.5, cache_dir=cache)
+    np.testing.assert_allclose(found["all"], _expected(images, 0.5), atol=1e-5)
+
+
+def test_disk_that_cannot_be_written_is_said(images, tmp_path, monkeypatch):
+    """Nobody else has made the file: the error is told, with its own name."""
+
+    def full(*given, **named) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.np, "savez", full)
+    with pytest.raises(OSError, match="No space left.*npz"):
+        embed_images(images, _encoder(), 0.5, cache_dir=tmp_path / "cache")
 
 
 def test_damaged_chunk_is_computed_anew(images, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from PIL import Image
 from xmag_hf.probing.errors import ProbeError
 from xmag_hf.probing.images import open_images
 from xmag_hf.probing.options import ProbeOptions
+from xmag_hf.probing.protocols import is_official
 
 
 def _picture(value: int, size: tuple[int, int] = (6, 4)) -> Image.Image:
@@ -172,6 +173,48 @@ def test_column_split_of_the_csv_is_used(folder):
         "train": ["img2", "img10"],
         "validation": ["img1"],
     }
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        (("Train", "TEST "), ("train", "test")),
+        ((" training", "Testing"), ("train", "test")),
+        (("train", "VAL"), ("train", "validation")),
+        (("Train", "Validation"), ("train", "validation")),
+        (("Lab A", "Lab a"), ("Lab A", "Lab a")),  # no known names: what they mean is theirs
+    ],
+)
+def test_names_of_splits_are_known_in_any_case(folder, written, wanted):
+    """A test split that is not known as one would be pooled and cross-validated in silence."""
+    lines = (folder / "labels.csv").read_text().splitlines()
+    added = zip(lines, ["split", *written, written[0]], strict=True)
+    (folder / "labels.csv").write_text("\n".join(f"{line},{split}" for line, split in added))
+    options = _options(folder)
+    images = open_images(options)
+    assert {name: split.ids.tolist() for name, split in images.splits.items()} == {
+        wanted[0]: ["img2", "img10"],
+        wanted[1]: ["img1"],
+    }
+    assert is_official(images, options) == (wanted == ("train", "test"))
+
+
+def test_space_around_labels_and_groups_means_nothing(folder):
+    text = (folder / "labels.csv").read_text().replace("b,7,0.25", " b ,7 ,0.25")
+    (folder / "labels.csv").write_text(text)
+    images = open_images(_options(folder))
+    split = images.splits["all"]
+    assert images.classes == ("a", "b")
+    assert split.labels is not None and split.labels.tolist() == [0, 1, 1]
+    assert split.groups is not None and split.groups.tolist() == ["8", "7", "7"]
+
+
+def test_saved_splits_are_known_in_any_case(two_scales, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.load_dataset(str(two_scales), cache_dir=str(tmp_path / "hf"))
+    saved = {"Training": data["train"], "TEST": data["test"]}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    assert set(open_images(ProbeOptions(data=str(tmp_path / "saved"))).splits) == {"train", "test"}
 
 
 def test_folder_without_labels_is_in_natural_order(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import tracemalloc
 from pathlib import Path
@@ -12,6 +13,8 @@ import tifffile
 from dicom_slide import write_dicom
 from giant_tiff import write_giant
 from lanczos_reference import expected_region
+from ndpi_slide import write_ndpi
+from PIL import Image
 
 from xmag_hf.slides import (
     SlideOpenError,
@@ -56,6 +59,51 @@ def test_tiffs_that_openslide_refuses(tmp_path, pixels, how):
     assert (corner[50:] == 255).all() and (corner[:, 50:] == 255).all()
     expected = expected_region(pixels, 1, (311.3, 207.6), (60, 50), 1.7, 0.5)
     assert np.abs(actual - expected).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def ycbcr(pixels: np.ndarray) -> np.ndarray:
+    """The pixels as JFIF's Y, Cb, Cr; the first 50 rows are neutral grey."""
+    stored = np.asarray(Image.fromarray(pixels).convert("YCbCr")).copy()
+    stored[:50] = 180, 128, 128
+    return stored
+
+
+def as_rgb(ycbcr: np.ndarray) -> np.ndarray:
+    """float64, by ITU-R BT.601 as in TIFF 6.0, section 21."""
+    y, cb, cr = np.moveaxis(ycbcr.astype(float), 2, 0) - np.array([0, 128, 128])[:, None, None]
+    green = (y - 0.299 * (y + 1.402 * cr) - 0.114 * (y + 1.772 * cb)) / 0.587
+    return np.clip(np.stack([y + 1.402 * cr, green, y + 1.772 * cb], axis=2), 0, 255)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"rowsperstrip": 16},  # mapped
+        {"rowsperstrip": 48, "compression": "lzw"},
+        {"compression": "jpeg2000", **TILED},
+        {"planarconfig": "separate", "rowsperstrip": 32, "compression": "zlib"},
+    ],
+    ids=["strips", "lzw strips", "jpeg2000", "planar"],
+)
+def test_ycbcr_becomes_rgb(tmp_path, ycbcr, how):
+    stored = np.moveaxis(ycbcr, 2, 0) if "planarconfig" in how else ycbcr
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stored, photometric="ycbcr", **SCALE, **how)
+    with open_slide(path) as slide:
+        actual = slide.read_region((0, 0), (900, 700), 0.5).astype(float)
+    assert (actual[:50] == 180).all()
+    assert np.abs(actual - as_rgb(ycbcr)).max() <= 1
+
+
+def test_ycbcr_of_sixteen_bits(tmp_path, ycbcr):
+    path = tmp_path / "deep.tif"
+    levels = (0, 1, 65_535, 1, 32_768, 1, 65_535, 1, 32_768, 1, 65_535, 1)
+    tifffile.imwrite(path, ycbcr.astype(np.uint16) << 8, photometric="ycbcr", rowsperstrip=16,
+                     extratags=[(532, 5, 6, levels, True)], **SCALE)  # fmt: skip
+    with open_slide(path) as slide:
+        actual = slide.read_region((0, 0), (900, 700), 0.5).astype(float)
+    assert np.abs(actual - as_rgb(ycbcr)).max() <= 1
 
 
 def write_ome(path: Path, pixels: np.ndarray, size: float, unit: str, **how: object) -> Path:
@@ -229,6 +277,25 @@ def test_dicom(tmp_path, pixels):
         open_slide(write_dicom(tmp_path / "b.dcm", pixels, None))
 
 
+@pytest.mark.parametrize("start", [12, 5_000_000_000], ids=["small", "above 4 GiB"])
+def test_ndpi(tmp_path, pixels, start):
+    """Offsets of its directories have 64 bits; their lower halves point into anything.
+
+    Here to a directory without entries that is its own next one.
+    """
+    path = write_ndpi(tmp_path / "a.ndpi", [pixels, pixels[::4, ::4]], 0.5, start)
+    if start > 2**32:
+        with path.open("r+b") as file:
+            file.seek(4)
+            (low,) = struct.unpack("<L", file.read(4))
+            file.seek(low)
+            file.write(struct.pack("<HL", 0, low))
+    with open_slide(path) as slide:
+        assert (slide.vendor, slide.mpp0) == ("hamamatsu", 0.5)
+        actual = slide.read_region((0, 0), (900, 700), 0.5).astype(int)
+    assert np.abs(actual - pixels).mean() < 1.5  # JPEG quality 98
+
+
 def test_a_slide_larger_than_any_glass_is_refused(tmp_path, pixels):
     """Its overview would take all memory there is."""
     path = write_giant(tmp_path / "vast.tif", 300_000, pixels[:256, :256], mpp=0.5, every=1)
@@ -267,6 +334,31 @@ def test_headers_that_promise_too_much(tmp_path, pixels, how, tag, value, said):
         open_slide(changed(path, 0, tag, value))
 
 
+@pytest.mark.parametrize(
+    ("tag", "said"),
+    [
+        ((529, 5, 3, (2126, 10_000, 7152, 10_000, 722, 10_000)), "0.2126, 0.7152, 0.0722"),
+        ((532, 5, 6, (16, 1, 235, 1, 128, 1, 240, 1, 128, 1, 240, 1)), "16, 235, 128, 240"),
+    ],
+    ids=["BT.709", "studio range"],
+)
+def test_other_ycbcr_is_refused(tmp_path, ycbcr, tag, said):
+    """Of JPEG's kind only is it known what to do."""
+    path = tmp_path / "odd.tif"
+    tifffile.imwrite(path, ycbcr, photometric="ycbcr", rowsperstrip=16,
+                     extratags=[(*tag, True)], **SCALE)  # fmt: skip
+    with pytest.raises(SlideOpenError, match=f"odd: .*YCBCR.*{said}.*8-bit RGB"):
+        open_slide(path)
+
+
+def test_subsampled_ycbcr_is_refused_at_once(tmp_path, ycbcr):
+    """tifffile decodes none of it: every region would fail."""
+    path = tmp_path / "odd.tif"
+    tifffile.imwrite(path, ycbcr, photometric="ycbcr", rowsperstrip=16, **SCALE)
+    with pytest.raises(SlideOpenError, match="odd: .*YCBCR, with subsampled chroma.*8-bit RGB"):
+        open_slide(changed(path, 0, "YCbCrSubSampling", 2))
+
+
 @pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["openslide", "tifffile"])
 def test_directories_in_a_circle(tmp_path, pixels, how):
     """The first directory names itself as the next."""
@@ -279,4 +371,19 @@ def test_directories_in_a_circle(tmp_path, pixels, how):
         content[at : at + 4] = page.offset.to_bytes(4, "little")
     path.write_bytes(content)
     with pytest.raises(SlideOpenError, match="circle"):
+        open_slide(path)
+
+
+def test_directories_of_endless_entries(tmp_path):
+    """100 directories of 65,535 entries, laid over one another in a file of 800 kB."""
+    behind = 2 + 12 * 65_535  # a directory begins with its count; the next one's offset ends it
+    content = bytearray(8 + 6 * 100 + behind + 6)
+    content[:8] = struct.pack("<2sHL", b"II", 42, 8)
+    for number in range(100):
+        at = 8 + 6 * number
+        content[at : at + 2] = struct.pack("<H", 65_535)
+        content[at + behind : at + behind + 4] = struct.pack("<L", at + 6 if number < 99 else 0)
+    path = tmp_path / "long.tif"
+    path.write_bytes(content)
+    with pytest.raises(SlideOpenError, match="more than 1,000,000 entries"):
         open_slide(path)

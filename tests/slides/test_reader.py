@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +233,24 @@ def test_files_that_are_no_slides(tmp_path):
             open_slide(tmp_path / name)
     with pytest.raises(SlideOpenError):
         open_slide(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_the_disk_does_not_give(tmp_path, cmu_slide, monkeypatch, number):
+    """An administrator may read files of mode 000: the error is made here."""
+    path = tmp_path / "closed.svs"
+    path.write_bytes(cmu_slide.read_bytes())
+    original = Path.open
+
+    def refuse(self: Path, *args, **kwargs):
+        if self == path:
+            raise OSError(number, os.strerror(number), str(self))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SlideOpenError, match="closed: .*permissions") as caught:
+        open_slide(path)
+    assert os.strerror(number) in str(caught.value)
 
 
 def test_damage_costs_only_the_regions_that_touch_it(tmp_path, cmu_slide):

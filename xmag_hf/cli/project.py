@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from xmag_hf.probing.errors import ProbeError
     from xmag_hf.probing.options import ProbeOptions
     from xmag_hf.probing.pictures import PictureOptions
-    from xmag_hf.probing.projections import confusion_picture, project
+    from xmag_hf.probing.projections import confusion_pictures, project
 
     if args.data is None and not args.predictions:
         parser.error("nothing to draw: give --data with --model, or --predictions")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         options = None if args.data is None else read_options(ProbeOptions, args, out=str(args.out))
     except ProbeError as error:
         parser.error(str(error))
-    written = [confusion_picture(path, args.out) for path in args.predictions]
+    written = confusion_pictures(args.predictions, args.out)
     if options is not None:
         with counting_bars(args.quiet) as advance:
             written += project(options, picture, args.out, advance)

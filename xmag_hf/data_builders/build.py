@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from xmag_hf.atomic_write import remove_drafts, write_atomically
 from xmag_hf.child_process import end_with_parent
+from xmag_hf.lock import only_writer
 from xmag_hf.reporting.records import versions
 from xmag_hf.slides import sha256_head
 
@@ -116,11 +117,9 @@ def build_corpus(
 
     Raises:
         CorpusError: No slides, slide_ids given twice, or `out_dir` (or its partial) is of other
-            slides or options; what differs is named.
+            slides or options; what differs is named. Or another process builds it.
         OSError: The output cannot be written.
     """
-    from .features import corpus_features  # `datasets` takes a second to import
-
     options = options or CorpusOptions()
     check_unique(slides)
     if workers < 1:
@@ -134,6 +133,25 @@ def build_corpus(
     out_dir = Path(out_dir)
     if out_dir.exists():
         return _finished_corpus(out_dir, options, fingerprint, rows)
+    with only_writer(out_dir.resolve(), CorpusError):
+        if out_dir.exists():  # by whoever had the lock until now
+            return _finished_corpus(out_dir, options, fingerprint, rows)
+        records = _built(out_dir, rows, heads, options, fingerprint, workers, progress)
+    return CorpusSummary(out_dir, fingerprint, tuple(records))
+
+
+def _built(
+    out_dir: Path,
+    rows: Sequence[SlideRow],
+    heads: Sequence[str | None],
+    options: CorpusOptions,
+    fingerprint: str,
+    workers: int,
+    progress: Progress | None,
+) -> list[SlideRecord]:
+    """Records of the corpus, which is complete in its folder afterwards."""
+    from .features import corpus_features  # `datasets` takes a second to import
+
     partial = out_dir.with_name(out_dir.name + ".partial")
     parts = _prepare_partial(partial, options)
     schema = corpus_features(options).arrow_schema
@@ -149,7 +167,7 @@ def build_corpus(
     for name in ("options.json", "shards.json"):  # after the rename: a kill here loses nothing
         (out_dir / name).unlink()
     shutil.rmtree(out_dir / "parts")
-    return CorpusSummary(out_dir, fingerprint, tuple(records))
+    return records
 
 
 # --- resume -----------------------------------------------------------------------------------

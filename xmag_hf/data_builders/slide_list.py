@@ -7,7 +7,8 @@ import glob
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -105,8 +106,8 @@ def read_slides_csv(
         One row a line, in the file's order.
 
     Raises:
-        CorpusError: No usable column, an empty or ambiguous slide, an mpp that is no number; the
-            line is named.
+        CorpusError: No UTF-8, no usable column, an empty or ambiguous slide, an mpp that is no
+            number; the line is named.
         OSError: The CSV cannot be read.
     """
     path = Path(path)
@@ -210,6 +211,33 @@ def check_unique(slides: Sequence[SlideRow]) -> None:
         )
 
 
+@contextmanager
+def open_table(path: Path, *, remedy: str, delimiter: str = ",") -> Iterator[csv.DictReader]:
+    """Open a CSV with a header for reading.
+
+    Args:
+        path: Of the file.
+        remedy: What to do about one that is no UTF-8, or no CSV.
+        delimiter: Between fields.
+
+    Yields:
+        Its lines.
+
+    Raises:
+        CorpusError: Bytes or quotes that cannot be read, while the block reads on.
+        OSError: The file cannot be read.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter=delimiter)
+        try:
+            yield reader
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{path}: not UTF-8 text ({error}). {remedy}") from error
+        except csv.Error as error:
+            line = reader.reader.line_num
+            raise CorpusError(f"{path}, line {line}: {error}. {remedy}") from error
+
+
 def absolute(row: SlideRow) -> SlideRow:
     """The row with an absolute path, for workers and records."""
     return replace(row, path=row.path.absolute())
@@ -237,9 +265,8 @@ def _stem(line: dict[str, str]) -> str:
 
 def _read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     """(line number, column -> text) of a CSV; surrounding blanks and empty lines are dropped."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        lines = []
+    lines = []
+    with open_table(path, remedy="Save it as `CSV UTF-8`, which Excel offers, too.") as reader:
         for line in reader:
             if None in line or None in line.values():
                 raise CorpusError(
@@ -279,7 +306,20 @@ def _needed(line: dict[str, str], column: str, where: str) -> str:
 
 
 def _slides_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if _is_slide(path))
+    """Slides in a folder and those below it. Links to folders are followed, each folder once."""
+    found: list[Path] = []
+    seen: set[str] = set()  # real paths: links may lead in a circle
+    starts = [folder]  # what links lead to comes last, so that a folder goes by its own name
+    for start in starts:
+        for root, names, files in os.walk(start):
+            real = os.path.realpath(root)
+            if real in seen:
+                names.clear()
+                continue
+            seen.add(real)
+            found += [Path(root, name) for name in files]
+            starts += [Path(root, name) for name in names if os.path.islink(Path(root, name))]
+    return sorted(path for path in found if _is_slide(path))
 
 
 def _is_slide(path: Path) -> bool:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from xmag_hf.atomic_write import remove_drafts, write_atomically
 from xmag_hf.child_process import end_with_parent
+from xmag_hf.lock import only_writer
 from xmag_hf.reporting.records import versions
 
 from .pairs import ROWS_PER_GROUP
@@ -122,11 +123,9 @@ def build_spider(
 
     Raises:
         SpiderError: The source is not SPIDER's or is damaged, or `out_dir` (or its partial) is of
-            another source or other options.
+            another source or other options. Or another process builds it.
         OSError: The output cannot be written.
     """
-    from .spider import spider_features  # `datasets` takes a second to import
-
     options = options or SpiderOptions()
     if workers < 1:
         raise SpiderError(f"workers={workers}: it must be at least 1.")
@@ -140,6 +139,24 @@ def build_spider(
     }
     if out_dir.exists():
         return _finished(out_dir, identity)
+    with only_writer(out_dir.resolve(), SpiderError):
+        if out_dir.exists():  # by whoever had the lock until now
+            return _finished(out_dir, identity)
+        _build(source, out_dir, identity, options, workers, progress)
+    return _summary(out_dir)
+
+
+def _build(
+    source: SpiderSource,
+    out_dir: Path,
+    identity: dict[str, Any],
+    options: SpiderOptions,
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """Make the data set, which is complete in its folder afterwards."""
+    from .spider import spider_features  # `datasets` takes a second to import
+
     partial = out_dir.with_name(out_dir.name + ".partial")
     shards = _prepare(partial, identity)
     opened = source.open(progress)
@@ -178,7 +195,6 @@ def build_spider(
     partial.replace(out_dir)
     (out_dir / STATE).unlink()  # after the rename: a kill here loses nothing
     shutil.rmtree(out_dir / "parts")
-    return _summary(out_dir)
 
 
 # --- resume -----------------------------------------------------------------------------------

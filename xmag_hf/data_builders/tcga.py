@@ -13,7 +13,6 @@ no list is made up here: the default takes every slide of the manifest, and `pro
 
 from __future__ import annotations
 
-import csv
 import logging
 import re
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .corpus_options import CorpusError
-from .slide_list import SlideRow
+from .slide_list import SlideRow, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +288,7 @@ def _tcga_row(file: GdcFile, barcode: Barcode, project: str, path: Path) -> Slid
 
 
 def _read_tsv(path: Path, columns: tuple[str, ...], what: str) -> list[tuple[int, dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t")
+    with open_table(path, remedy="Download it again.", delimiter="\t") as reader:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
             raise CorpusError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import multiprocessing
 import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,11 +70,11 @@ def run_on_devices(
     states: dict[int, EmbedState] = {}
 
     def listen() -> None:
-        try:
+        with contextlib.suppress(queue.Empty):
             while True:
                 _hear(news.get_nowait(), states, records, facts)
-        except queue.Empty:
-            pass
+
+    def show() -> None:
         if progress is not None and states:
             progress(_summed(len(sources), states))
 
@@ -80,30 +82,42 @@ def run_on_devices(
     pool = concurrent.futures.ProcessPoolExecutor(
         len(devices), context, _start_process, (taken, news, _threads_each(devices), level)
     )
-    pending: set[concurrent.futures.Future[_News]] = set()
-    with pool:
-        try:
-            for number, device in enumerate(devices):
-                own = replace(options, device=device)
-                pending.add(pool.submit(_work, number, list(sources), out_dir, encoder, own))
-            while pending:
-                done, pending = concurrent.futures.wait(pending, POLL_SECONDS)
-                listen()
-                for future in done:
-                    _hear(future.result(), states, records, facts)
-        except BrokenProcessPool as error:
+    works: list[concurrent.futures.Future[_News]] = []
+    try:
+        for number, device in enumerate(devices):
+            own = replace(options, device=device)
+            works.append(pool.submit(_work, number, list(sources), out_dir, encoder, own))
+        pending = set(works)
+        while pending:
+            done, pending = concurrent.futures.wait(pending, POLL_SECONDS)
             listen()
-            raise EmbedError(_died(sources, out_dir, devices, records)) from error
-        except BaseException:
-            taken.value = len(sources)  # the others end after the slides they have
-            while pending:  # and are heard meanwhile: a full queue would hold them for ever
-                _, pending = concurrent.futures.wait(pending, POLL_SECONDS)
-                listen()
-            raise
-        finally:
-            if facts:
-                facts["device"] = ",".join(devices)
-                facts["options"]["device"] = options.device
+            for work in done:
+                _hear(work.result(), states, records, facts)
+            show()
+    except BrokenProcessPool as error:
+        listen()
+        raise EmbedError(_died(sources, out_dir, devices, records)) from error
+    except BaseException:
+        taken.value = len(sources)  # the others end after the slides they have
+        raise
+    finally:
+        _join(pool, listen)
+        for work in works:  # once more, as the queue may have held older news
+            if work.exception() is None:
+                _hear(work.result(), states, records, facts)
+        if facts:
+            facts["device"] = ",".join(devices)
+            facts["options"]["device"] = options.device
+    show()
+
+
+def _join(pool: concurrent.futures.ProcessPoolExecutor, listen: Callable[[], None]) -> None:
+    """Wait for the processes to end; each ends only when all that it told has been heard."""
+    closing = threading.Thread(target=pool.shutdown)
+    closing.start()
+    while closing.is_alive():
+        listen()
+        closing.join(POLL_SECONDS)
     listen()
 
 
@@ -173,15 +187,19 @@ def _work(
 
     def tell(state: EmbedState) -> None:
         nonlocal told, when
-        if state.slides_done == told and time.monotonic() < when + POLL_SECONDS:
+        if time.monotonic() < when + POLL_SECONDS:
             return
-        fresh = tuple(run.records.values())[told:] if state.slides_done > told else ()
+        fresh = tuple(run.records.values())[told:]
         told, when = state.slides_done, time.monotonic()
         news.put(_News(number, replace(state), fresh))
 
     run = start_run(out_dir, encoder, options, tell)  # how many slides there are, the parent knows
     news.put(_News(number, run.state, (), run.facts()))
-    run.finish(_taken_in_turn(sources, taken))
+    try:
+        run.finish(_taken_in_turn(sources, taken))
+    except BaseException:  # which carries no records
+        news.put(_News(number, run.state, tuple(run.records.values())))
+        raise
     return _News(number, run.state, tuple(run.records.values()), run.facts())
 
 

@@ -31,7 +31,7 @@ class SlideRecord:
     Attributes:
         status: `ok`; `present` (finished earlier, and the same); `no_tissue`; `refused` (scale, or
             a bag of something else is in its place); `failed`.
-        reason: Why neither `ok` nor `present`, and what to do.
+        reason: Why neither `ok` nor `present`, or why patches are missing, and what to do.
         patches: In the bag.
         unreadable: Patches with tissue that could not be decoded.
         first_unreadable: Its reason.

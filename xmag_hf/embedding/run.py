@@ -17,6 +17,7 @@ import torch
 
 from xmag_hf.atomic_write import remove_drafts, write_atomically
 from xmag_hf.encoders import Encoder, load_encoder
+from xmag_hf.lock import SlideLock, acquire, describe_holder
 from xmag_hf.slides import SlideError, sha256_head
 from xmag_hf.slides.tissue import METHOD as TISSUE_METHOD
 
@@ -25,13 +26,12 @@ from .annotation import annotation_method
 from .bag import BagError, read_info, write_bag
 from .encode import PatchEncoder
 from .filling import Filling
-from .lock import SlideLock, acquire, describe_holder
 from .options import EmbedError, EmbedOptions
 from .plan import PatchGeometry, SlidePlan, no_tissue_reason, patch_geometry, plan_slide
 from .preview import preview_png
 from .read import PatchBatch, read_patches
 from .records import SlideRecord
-from .sources import SLIDE_FAULTS, SlideSource, reason_of, status_of
+from .sources import SLIDE_FAULTS, SlideSource, changed_at, reason_of, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -184,13 +184,19 @@ class Run:
         yield _Ended(source, record, read_whole=whole)
 
     def _settled(self, source: SlideSource, record: SlideRecord) -> bool:
-        """Whether a bag decides the slide: the same (present), or another (refused)."""
+        """Whether a bag decides the slide: the same (present), or another (refused).
+
+        One that lost patches does not, if the slide was copied again since.
+        """
         path = self.out_dir / f"{source.slide_id}.h5"
         if not path.exists():
             return False
         try:
             info, shape = read_info(path)
             wanted = self._wanted(source)
+            copied_again = info.unreadable_patches and (
+                changed_at(source.path) > path.stat().st_mtime
+            )
         except SLIDE_FAULTS as error:
             _blame(record, error)
             return True
@@ -213,8 +219,15 @@ class Run:
                 "--out, or remove it."
             )
             return True
+        if copied_again:
+            return False
         record.status, record.patches = "present", shape["patches"]
         record.unreadable = info.unreadable_patches or 0
+        if record.unreadable:
+            record.reason = (
+                f"{source.slide_id}: {record.unreadable} patches could not be decoded. Copy the "
+                f"slide again, or remove {path} to try again."
+            )
         record.padded, record.level = info.padded_patches or 0, info.level
         record.mpp0, record.mpp_source = info.mpp0, info.mpp_source or ""
         return True

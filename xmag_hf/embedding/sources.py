@@ -85,6 +85,31 @@ def open_source(
     return slide
 
 
+def changed_at(path: Path) -> float:
+    """When a slide last changed: its file, or one of those beside it that hold its pixels.
+
+    Args:
+        path: The file; of MRXS, VMS, VMU and DICOM the others are looked at too.
+
+    Returns:
+        Seconds, by the clock of the file system. A copy counts by when it was made, also where it
+        keeps the date of its original.
+
+    Raises:
+        OSError: A file cannot be looked at.
+    """
+    files, kind = [path], path.suffix.lower()
+    if kind == ".mrxs" and path.with_suffix("").is_dir():
+        files += path.with_suffix("").iterdir()
+    elif kind in (".vms", ".vmu"):  # lines of KEY=NAME
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        files += [path.parent / line.partition("=")[2].strip() for line in lines]
+    elif kind == ".dcm":
+        files += path.parent.glob("*.dcm")
+    times = [file.stat() for file in files if file.is_file()]
+    return max(max(time.st_mtime, time.st_ctime) for time in times)
+
+
 def _load_image(path: Path, slide_id: str) -> Image.Image:
     """An RGB or RGBA image, decoded whole."""
     try:

@@ -29,6 +29,7 @@ from xmag_hf.embedding.encode import own_pooling
 from xmag_hf.embedding.plan import PatchGeometry, patch_geometry
 from xmag_hf.encoders import Encoder, load_encoder
 from xmag_hf.hub.folders import save_folder
+from xmag_hf.lock import only_writer
 from xmag_hf.modeling import XMAGForSlideClassification
 from xmag_hf.modeling.convert import image_processor_for
 from xmag_hf.training.checkpoints import remove_checkpoints
@@ -47,7 +48,6 @@ from .errors import MILError
 from .folds import make_folds, read_folds, validation_rows, warn_rare, write_folds
 from .frozen_cache import FrozenCache, fill_cache, frozen_cache
 from .labels import Cohort, Exclusion, class_names, read_labels, read_lines
-from .one_writer import only_writer
 from .options import HEADS, INTERNAL, HeadOptions
 from .predict import load_head
 from .report import Tested, write_report
@@ -143,7 +143,7 @@ def _only_run(accelerator: Accelerator, out: Path) -> Iterator[None]:
         refused = ""
         if accelerator.is_main_process:
             try:
-                held.enter_context(only_writer(out))
+                held.enter_context(only_writer(out, MILError))
             except (MILError, OSError) as error:  # told to all: they would wait for this one
                 refused = str(error)
         if accelerator.num_processes > 1:

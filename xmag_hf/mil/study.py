@@ -29,6 +29,7 @@ from xmag_hf.child_process import begin_child
 from xmag_hf.embedding.run import checked_device
 from xmag_hf.encoders import ENCODERS
 from xmag_hf.hub import HeadCardFacts, render_head_card, save_folder
+from xmag_hf.lock import only_writer
 from xmag_hf.reporting.records import bare, plain, versions
 
 from .bags import LabelledBags
@@ -47,7 +48,6 @@ from .labels import (
     read_labels,
     read_lines,
 )
-from .one_writer import only_writer
 from .options import INTERNAL, RESULTS, HeadOptions, StudyOptions
 from .predict import HEAD_IDENTITY, load_head
 from .preset_labels import with_preset
@@ -161,7 +161,7 @@ def run_study(
     out = Path(options.out).expanduser().resolve()
     options = with_preset(options) if options.preset else options
     _check_inputs(bag_folders, options)
-    with only_writer(out):
+    with only_writer(out, MILError):
         plan = _plan(bag_folders, options, head, out, advance)
         return _made(plan, out, advance)
 

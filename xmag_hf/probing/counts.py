@@ -249,9 +249,10 @@ def _read_nuclei(path: Path) -> dict[str, list[tuple[float, float, str]]]:
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 point = (_pixel(row["x"], where), _pixel(row["y"], where))
-                if not row[image]:
+                name, kind = ((row[column] or "").strip() for column in (image, "type"))
+                if not name:
                     raise ProbeError(f"{where}: no image; fill it or drop the line.")
-                table.setdefault(row[image], []).append((*point, row["type"] or ""))
+                table.setdefault(name, []).append((*point, kind))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ProbeError(f"{path}: cannot be read as CSV: {error}.") from error
     if not table:

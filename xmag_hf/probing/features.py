@@ -194,7 +194,8 @@ def cached_rows(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Rows of every split: read from the cache, or computed and put there.
 
-    An interrupted computation leaves chunks in `<key>/<split>.partial/` and goes on from them.
+    An interrupted computation leaves chunks in `<key>/<split>.partial/` and goes on from them. Of
+    processes at the same work the first to end takes them away; the others read what it has made.
 
     Args:
         wanted: By split.
@@ -215,20 +216,24 @@ def cached_rows(
     """
     folder = cache_dir / identity.key
     paths = {name: folder / f"{name}.h5" for name in wanted}
-    missing = [name for name, path in paths.items() if not path.is_file()]
-    for name in missing:
-        mark = cache_dir / "decoded" / f"{identity.corpus_fingerprint}-{name}.txt"
-        _check_once(wanted[name].split, mark, num_threads, checked)
     for name, path in paths.items():
-        if name not in missing:
+        if not path.is_file():
+            mark = cache_dir / "decoded" / f"{identity.corpus_fingerprint}-{name}.txt"
+            _check_once(wanted[name].split, mark, num_threads, checked)
+    for name, path in paths.items():
+        if path.is_file():
             advance(len(wanted[name].split))
             continue
         partial = folder / f"{name}.partial"
-        partial.mkdir(parents=True, exist_ok=True)
         engine = _Engine(encoder, encode or encoder, batch_size, num_threads)
-        features, image = _compute(wanted[name], engine, partial, advance)
-        _write(path, features, image, wanted[name].split, identity)
-        shutil.rmtree(partial)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            features, image = _compute(wanted[name], engine, partial, advance)
+            _write(path, features, image, wanted[name].split, identity)
+            shutil.rmtree(partial)
+        except OSError:
+            if not path.is_file():  # nobody else has made it
+                raise
     return {name: _read(path, wanted[name].split, identity) for name, path in paths.items()}
 
 

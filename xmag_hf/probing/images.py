@@ -33,7 +33,12 @@ GROUP_COLUMNS = ("patient_id", "slide_id")
 # Columns that this project's own data sets give one tissue at two scales in, and their um/px.
 SCALED_COLUMNS = {"image_20x": 0.5, "image_5x": 2.0}
 SCALE_COLUMNS = {"image_5x": "mpp_5x"}  # the um/px of other image columns is in `mpp`
-SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLIT_NAMES = {
+    **{name: TRAIN for name in ("train", "training")},
+    **{name: VALIDATION for name in ("validation", "val", "valid", "dev")},
+    **{name: TEST for name in ("test", "testing")},
+}
 NO_GROUPS = "-"
 # Tissue arrays and whole resections are legitimate; Pillow takes half of this for an attack.
 MAX_PIXELS = 2**30  # 3 GB as RGB
@@ -161,6 +166,21 @@ class _Table:
     read: Callable[[int], bytes]
 
 
+def split_name(name: str) -> str:
+    """`train`, `validation` or `test` for what means it, in any case; another name as it is."""
+    name = name.strip()
+    return SPLIT_NAMES.get(name.lower(), name)
+
+
+def pooled_ids(splits: dict[str, ImageSplit]) -> np.ndarray:
+    """(N,) ids over all splits in their order; SPLIT/ID for all where two splits share one."""
+    ids = np.concatenate([split.ids for split in splits.values()])
+    if len(set(ids)) == len(ids):
+        return ids
+    told = [f"{name}/{own}" for name, split in splits.items() for own in split.ids]
+    return np.array(told, dtype=object)
+
+
 def open_images(
     options: ProbeOptions, step: Callable[[int, int], None] = _silent
 ) -> LabelledImages:
@@ -270,10 +290,10 @@ def _tables_of_csv(folder: Path, path: Path, options: ProbeOptions) -> dict[str,
         )
     places: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        split = row["split"].strip() if "split" in header else "all"
+        split = split_name(row["split"]) if "split" in header else "all"
         if not split:
             raise ProbeError(f"{path} line {number + 2}: split is empty; fill it or drop the line.")
-        places.setdefault(SPLIT_NAMES.get(split, split), []).append(number)
+        places.setdefault(split, []).append(number)
     tables = {}
     for split, own in places.items():
         columns = {name: [rows[n][name] for n in own] for name in header if name != column}
@@ -337,9 +357,7 @@ def _load(options: ProbeOptions, folder: Path) -> dict[str, Any]:
         ) from error
     if isinstance(loaded, datasets.Dataset):
         loaded = {str(loaded.split or "all"): loaded}
-    splits: dict[str, Any] = {
-        SPLIT_NAMES.get(str(name), str(name)): split for name, split in loaded.items()
-    }
+    splits: dict[str, Any] = {split_name(str(name)): split for name, split in loaded.items()}
     if len(splits) < len(loaded):
         raise ProbeError(
             f"--data {options.data}: {', '.join(map(str, loaded))} are one split twice."
@@ -429,7 +447,7 @@ def _labels(
                 f"{options.data}: {len(missing)} of {len(found)} images of split {split!r} have no "
                 f"{column} (first: row {missing[0]}). Leave them out of the data set."
             )
-        values[split] = found
+        values[split] = [v.strip() if isinstance(v, str) else v for v in found]
     if names is not None:  # stored as indices already
         arrays = {split: np.asarray(v, dtype=np.int64) for split, v in values.items()}
         return tuple(names), dict(arrays)
@@ -492,7 +510,7 @@ def _groups(options: ProbeOptions, split: str, table: _Table) -> np.ndarray | No
             f"{options.data}: {len(missing)} images of split {split!r} have no {column} (rows "
             f"{shown}). Fill it, or say --group-column {NO_GROUPS}."
         )
-    return np.array([str(value) for value in values], dtype=object)
+    return np.array([str(value).strip() for value in values], dtype=object)
 
 
 def _blank(value: Any) -> bool:

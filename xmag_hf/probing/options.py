@@ -60,8 +60,8 @@ class ProbeOptions:
     data_revision: str | None = _option(None, "branch, tag or commit of a Hub data set")
     labels_csv: str | None = _option(
         None,
-        "images of the folder --data, one a line: file (or file_name, image), label, and any "
-        "columns that the options below name",
+        "images of the folder --data, one a line: file (or file_name, image), label, split (train, "
+        "validation, test; none: all are one), and any columns that the options below name",
     )
     data_mpp: float | None = _option(None, "um/px of the images; none: their column mpp")
     max_enlarge: float = _option(
@@ -79,7 +79,11 @@ class ProbeOptions:
         "images of one group (patient, slide) are never on both sides of a split, and are "
         "resampled together; none: patient_id, else slide_id, where there is one; '-': no groups",
     )
-    id_column: str | None = _option(None, "none: the file's stem, else split and row")
+    id_column: str | None = _option(
+        None,
+        "none: the file's stem, else split and row; where pooled splits share an id, all are "
+        "SPLIT/ID",
+    )
     allow_shared_groups: bool = _option(
         False,
         "accept an official split with one group (slide, patient) on both sides; its scores are "

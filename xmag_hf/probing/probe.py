@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from xmag_hf.encoders import Encoder, check_encoder, load_encoder
+from xmag_hf.lock import only_writer
 from xmag_hf.reporting.predictions import write_class_predictions, write_count_predictions
 from xmag_hf.reporting.records import EXACT_DIGITS
 from xmag_hf.reporting.tables import as_markdown
@@ -62,11 +64,17 @@ def run_probe(options: ProbeOptions, advance: Advance = _silent) -> ProbeResult:
         pictures.
 
     Raises:
-        ProbeError: Data, rows or labels that cannot be used.
+        ProbeError: Data, rows or labels that cannot be used; another process fills `options.out`.
         EncoderError: An encoder that cannot be had; all are asked for before data is read.
     """
-    began = time.perf_counter()
     out = report.check_out(Path(options.out))
+    with only_writer(out, ProbeError):
+        return _made(options, out, advance)
+
+
+def _made(options: ProbeOptions, out: Path, advance: Advance) -> ProbeResult:
+    """The result, its report in `out`."""
+    began = time.perf_counter()
     rows = plan_rows(options)
     images = open_images(options, lambda done, total: advance("reading images", done, total))
     for row in rows:
@@ -261,11 +269,18 @@ def image_counts(images: LabelledImages, options: ProbeOptions) -> tuple[np.ndar
         (N,) ids of all splits in their order, and (N, K) int64 counts.
 
     Raises:
-        ProbeError: As `nuclei_counts`, or a type that is equally frequent everywhere.
+        ProbeError: As `nuclei_counts`, or an id that two splits share.
     """
-    ids = np.concatenate([split.ids for split in images.splits.values()])
-    everywhere = np.tile([-np.inf, -np.inf, np.inf, np.inf], (len(ids), 1))
     path, types = _nuclei(options)
+    ids = np.concatenate([split.ids for split in images.splits.values()])
+    twice = [str(name) for name, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ProbeError(
+            f"{path}: {len(twice)} ids are of more than one image ({', '.join(twice[:5])}; splits "
+            f"{', '.join(images.splits)}), so nobody knows whose its nuclei are. Give --id-column, "
+            "a column of names that no two splits share, and use those names in the file too."
+        )
+    everywhere = np.tile([-np.inf, -np.inf, np.inf, np.inf], (len(ids), 1))
     return ids, nuclei_counts(path, ids, everywhere, types)
 
 

@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import json
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from xmag_hf.reporting.pictures import draw_confusion
 from xmag_hf.reporting.predictions import read_class_predictions
 
 from .errors import ProbeError
-from .images import ImageSplit, open_images
+from .images import ImageSplit, open_images, pooled_ids, split_name
 from .options import ProbeOptions
 from .pictures import (
     Panel,
@@ -63,7 +65,7 @@ def project(
     images = open_images(options, lambda done, total: advance("reading images", done, total))
     names = _splits(picture.split, images.splits)
     labels = np.concatenate([_labels(images.name, images.splits[name]) for name in names])
-    ids = np.concatenate([images.splits[name].ids for name in names])
+    ids = pooled_ids({name: images.splits[name] for name in names})
     shown = per_class_rows(labels, picture.per_class, options.seed)
     panels = []
     for row in rows:
@@ -86,31 +88,58 @@ def project(
     return [out / PICTURE, out / POSITIONS]
 
 
-def confusion_picture(predictions: Path, out: Path) -> Path:
-    """Draw the confusion matrix of a predictions CSV of `xmag probe`.
+def confusion_pictures(predictions: Sequence[Path], out: Path) -> list[Path]:
+    """Draw the confusion matrices of predictions CSVs of `xmag probe`.
 
     Of repeats the first is drawn, so that every image counts once.
 
     Args:
-        predictions: The CSV.
+        predictions: The CSVs.
         out: Folder, made if it is not there.
 
     Returns:
-        The PNG, named after the CSV.
+        A PNG each, named after its CSV; after the folders above it too, as many as it takes, where
+        two CSVs are named alike.
 
     Raises:
+        ProbeError: A CSV named twice, or two that differ in their ending alone.
         ReportError: See `read_class_predictions`.
     """
+    names = _telling_names(predictions)
+    return [_confusion(path, name, out) for path, name in zip(predictions, names, strict=True)]
+
+
+def _telling_names(paths: Sequence[Path]) -> list[str]:
+    """Stems, after as many of the folders above them as tell the paths apart."""
+    # Not `resolve`, which would take the name of a link's target.
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    parts = [(*path.parts[1:-1], path.stem) for path in whole]
+    depth, names = 1, [own[-1] for own in parts]
+    while len(set(names)) < len(names):
+        if depth > max(map(len, parts)):
+            named = zip(paths, names, strict=True)
+            same = [str(path) for path, name in named if names.count(name) > 1]
+            raise ProbeError(
+                f"--predictions {' '.join(same[:2])}: would be one picture. Name a file once, or "
+                "draw the second into another --out."
+            )
+        depth += 1
+        names = ["-".join(own[-depth:]) for own in parts]
+    return names
+
+
+def _confusion(predictions: Path, name: str, out: Path) -> Path:
+    """The picture of one CSV, `name` in its title and file."""
     labels, probabilities, classes = read_class_predictions(predictions)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{predictions.stem}-confusion.png"
+    path = out / f"{name}-confusion.png"
     repeat = f" (repeat 1 of {len(probabilities)})" if len(probabilities) > 1 else ""
     draw_confusion(
         labels,
         probabilities[0].argmax(axis=1),
         classes,
         path,
-        title=predictions.stem + repeat,
+        title=name + repeat,
         about={"Software": f"xmag_hf {__version__}", "Comment": f"from {predictions.name}"},
     )
     return path
@@ -119,9 +148,9 @@ def confusion_picture(predictions: Path, out: Path) -> Path:
 def _splits(wanted: str | None, splits: dict[str, ImageSplit]) -> list[str]:
     if wanted is None:
         return ["test"] if "test" in splits else list(splits)
-    if wanted not in splits:
+    if split_name(wanted) not in splits:
         raise ProbeError(f"--split {wanted}: no such split; there are {', '.join(splits)}.")
-    return [wanted]
+    return [split_name(wanted)]
 
 
 def _labels(name: str, split: ImageSplit) -> np.ndarray:

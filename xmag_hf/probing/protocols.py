@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,19 @@ from .classifiers import (
     knn_probabilities,
 )
 from .errors import ProbeError
-from .images import ImageSplit, LabelledImages, natural_key
+from .images import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    ImageSplit,
+    LabelledImages,
+    natural_key,
+    pooled_ids,
+)
 from .options import ProbeOptions
 
 logger = logging.getLogger(__name__)
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _SPLIT_DRAWS = 100
 
 
@@ -367,6 +374,7 @@ def _plan_folds(
 ) -> tuple[_Part, list[_Folds], _Settings]:
     """All rows, the partitions of as many repeats as any method wants, and the settings."""
     part = _pooled([_labelled(images.name, split) for split in images.splits.values()])
+    part = replace(part, ids=pooled_ids(images.splits))
     few = options.shot_repeats if "few-shot" in options.methods else 0
     most = max(few, options.repeats if {"linear", "knn"} & set(options.methods) else 0)
     partitions = _partitions(part.labels, part.groups, options.folds, most, images.classes)

@@ -464,6 +464,16 @@ def _open_handle(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
     if not os.path.isfile(path):  # False, not an error, where the folder may not be looked into
         raise SlideOpenError(f"{slide_id}: no file at {path}. Check the path, or drop the slide.")
     try:
+        return _opened(path, slide_id)
+    except OSError as error:
+        raise SlideOpenError(
+            f"{slide_id}: {path} cannot be read: {error}. Check its permissions and the disk or "
+            "server that it lies on, or drop the slide."
+        ) from error
+
+
+def _opened(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
+    try:
         check_tiles(path)
         handle = openslide.OpenSlide(path)
         handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))

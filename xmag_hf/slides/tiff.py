@@ -36,6 +36,11 @@ NUMBERS = {3: "u2", 4: "u4", 16: "u8"}  # types of tags: SHORT, LONG, LONG8
 MAX_TILES = 100_000_000
 MAX_TILE_PX = 1 << 26  # 8,192 px a side
 MAX_DIRECTORIES = 10_000
+MAX_ENTRIES = 1_000_000  # of all directories
+NDPI_TAG = 65420
+RGB_DECODERS = (6, 7, 33007, 34892, 50001, 50002, 52546)  # JPEG, WebP, JPEG XL: RGB from YCbCr
+BT_601 = (0.299, 0.587, 0.114)
+FULL_RANGE = ((0, 255, 128, 255, 128, 255), (0, 65_535, 32_768, 65_535, 32_768, 65_535))
 UNIT_UM = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
 
 
@@ -224,7 +229,8 @@ def _directories(file: BinaryIO) -> Iterator[dict[int, np.ndarray]]:
     Stops at damage, of which OpenSlide complains itself.
 
     Raises:
-        ValueError: The directories form a circle, in which tifffile would go round for ever.
+        ValueError: The directories form a circle, in which tifffile would go round for ever, or
+            there is no end of them.
     """
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -232,39 +238,70 @@ def _directories(file: BinaryIO) -> Iterator[dict[int, np.ndarray]]:
     if magic not in MAGIC:
         return
     order, big = "<" if magic[:2] == b"II" else ">", b"+" in magic
-    offset, count, entry = ("Q", "Q", "HHQ8s") if big else ("L", "H", "HHL4s")
-    at, seen = 0, set()
+    ndpi = not big and _is_ndpi(file, order, end)
+    offset, count, width = ("Q", "Q", 8) if big else ("Q" if ndpi else "L", "H", 4)
+    fields = [("tag", "u2"), ("kind", "u2"), ("n", f"u{width}"), ("field", f"V{width}")]
+    entry = np.dtype(fields).newbyteorder(order)
+    at, seen, entries = 0, set(), 0
 
-    def read(form: str) -> tuple[Any, ...]:
-        return struct.unpack(order + form, file.read(struct.calcsize(order + form)))
+    def read(form: str) -> int:
+        return struct.unpack(order + form, file.read(struct.calcsize(order + form)))[0]
 
     try:
-        if big:
-            file.seek(8)
-        (at,) = read(offset)
+        file.seek(8 if big else 4)
+        at = read(offset)
         while at and at not in seen and len(seen) < MAX_DIRECTORIES:
             if at >= end:
                 return
             seen.add(at)
             file.seek(at)
+            number = read(count)
+            entries += number
+            if entries > MAX_ENTRIES:
+                break
+            table = np.frombuffer(file.read(number * entry.itemsize), entry, number)
+            behind = file.tell()
             tags = dict.fromkeys((*TILE_SIDES, TILE_BYTES), np.zeros(0, np.uint64))
-            for _ in range(read(count)[0]):
-                tag, kind, n, field = read(entry)
-                if tag in tags and kind in NUMBERS:
-                    behind = file.tell()
-                    form = np.dtype(order + NUMBERS[kind])
-                    if n * form.itemsize > len(field):
-                        file.seek(min(struct.unpack(order + offset, field)[0], end))
-                        field = file.read(min(n, MAX_TILES) * form.itemsize)
-                        file.seek(behind)
-                    whole = min(n, len(field) // form.itemsize)
-                    tags[tag] = np.frombuffer(field, form, whole).astype(np.uint64)
+            for tag, kind, n, field in table[np.isin(table["tag"], list(tags))].tolist():
+                if kind not in NUMBERS:
+                    continue
+                form = np.dtype(order + NUMBERS[kind])
+                if n * form.itemsize > width:
+                    if ndpi:  # the offset's upper half is elsewhere, and NDPI has no tiles
+                        continue
+                    place = int.from_bytes(field, "little" if order == "<" else "big")
+                    file.seek(min(place, end))
+                    field = file.read(min(n, MAX_TILES) * form.itemsize)
+                whole = min(n, len(field) // form.itemsize)
+                tags[tag] = np.frombuffer(field, form, whole).astype(np.uint64)
             yield tags
-            (at,) = read(offset)
+            file.seek(behind)
+            at = read(offset)
     except (struct.error, ValueError, OverflowError):  # past the end of the file
         return
     if at:
-        raise ValueError(f"its directories form a circle, or are more than {MAX_DIRECTORIES:,}")
+        raise ValueError(
+            f"its directories form a circle, or are more than {MAX_DIRECTORIES:,}, or have more "
+            f"than {MAX_ENTRIES:,} entries"
+        )
+
+
+def _is_ndpi(file: BinaryIO, order: str, end: int) -> bool:
+    """Whether a classic TIFF is Hamamatsu's NDPI, as OpenSlide tells it.
+
+    Its offsets of directories have 64 bits; the first directory names it. Above 4 GiB their lower
+    halves point into the pixels.
+    """
+    file.seek(4)
+    try:
+        (at,) = struct.unpack(order + "Q", file.read(8))
+        file.seek(min(at, end))
+        (number,) = struct.unpack(order + "H", file.read(2))
+    except struct.error:
+        return False
+    content = file.read(12 * number)
+    words = np.frombuffer(content, order + "u2", len(content) // 2)
+    return NDPI_TAG in words[::6]
 
 
 def ome_mpp(description: str) -> tuple[float, float] | None:
@@ -308,6 +345,8 @@ def _checked(level: Any, path: Path) -> Any:
     ):
         many = f" on {len(level.pages)} pages" if len(level.pages) > 1 else ""
         raise ValueError(f"{path} holds {kind}{many}, no 8- or 16-bit RGB picture")
+    if _is_ycbcr(page) and (odd := _odd_ycbcr(page)):
+        raise ValueError(f"{path} holds {kind}, with {odd}")
     rows, columns = _piece(page)
     needed = -(-page.imagewidth // columns) * -(-page.imagelength // rows)
     needed *= 1 if _contiguous(page) else page.samplesperpixel
@@ -341,11 +380,32 @@ def _mappable(page: Any) -> bool:
     return page.is_memmappable and _contiguous(page)
 
 
+def _is_ycbcr(page: Any) -> bool:
+    """Whether decoded pixels are YCbCr, which tifffile makes RGB for JPEG only."""
+    made_rgb = page.compression in RGB_DECODERS and _contiguous(page)
+    return page.photometric.name == "YCBCR" and not made_rgb
+
+
+def _odd_ycbcr(page: Any) -> str:
+    """What keeps YCbCr from being the JPEG kind that Pillow makes RGB; empty if nothing does."""
+    if page.is_subsampled:
+        return "subsampled chroma"
+    for name, usual in (("YCbCrCoefficients", (BT_601,)), ("ReferenceBlackWhite", FULL_RANGE)):
+        said = page.tags.valueof(name)
+        numbers = [a / b for a, b in zip(said[::2], said[1::2], strict=True)] if said else usual[0]
+        if not any(np.allclose(numbers, one, atol=1e-3) for one in usual):
+            return f"{name} {', '.join(f'{number:g}' for number in numbers)}"
+    return ""
+
+
 def _rgba(pixels: np.ndarray, page: Any) -> np.ndarray:
     """(H, W, 4) uint8; of 16 bits the upper eight, as 65,535 is white by the TIFF standard."""
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
+    if _is_ycbcr(page):
+        size = (pixels.shape[1], pixels.shape[0])
+        pixels = np.asarray(Image.frombytes("YCbCr", size, pixels.tobytes()).convert("RGB"))
     out = np.full((*pixels.shape[:2], 4), 255, np.uint8)
     alpha = pixels.shape[2] == 4 and page.extrasamples[0] in (1, 2)
     colours = pixels.shape[2] if alpha else min(pixels.shape[2], 3)

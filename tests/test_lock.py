@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from xmag_hf.embedding import lock as module
-from xmag_hf.embedding.lock import acquire, host, is_stale
+from xmag_hf import lock as module
+from xmag_hf.lock import acquire, host, is_stale
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""A lock file a slide, so that several processes can share one output folder.
+"""Lock files: several processes share one output folder slide by slide, or one has it alone.
 
 Created exclusively; holds host, process and a token. A thread touches it while the work goes on.
 A lock is stale when its process is gone (same host and process namespace) or nobody touched it
 for `STALE_SECONDS`. Should a lock fail in spite of that, a slide is done twice and nothing breaks:
-bags are written under their own temporary names and renamed.
+bags are written under their own temporary names and renamed. Imports nothing of xmag_hf.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HEARTBEAT_SECONDS = 10.0
@@ -73,6 +74,32 @@ def acquire(path: Path) -> SlideLock | None:
         if not _remove_if(path, is_stale):
             return None
     return None
+
+
+@contextmanager
+def only_writer(out: Path, refusal: type[Exception]) -> Iterator[None]:
+    """Hold `OUT.lock` while a report is made; it lies beside the folder, which need not be there.
+
+    Args:
+        out: Of the report, absolute.
+        refusal: Raised while another process has the lock; its message names that process.
+
+    Raises:
+        OSError: The folder above cannot be written.
+    """
+    path = out.with_name(f"{out.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = acquire(path)
+    if lock is None:
+        raise refusal(
+            f"--out {out}: {describe_holder(path)} is working on it ({path.name}). Wait for it "
+            "(two minutes, if it was killed on another machine) and run the same command again, or "
+            "choose another --out."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_stale(path: Path) -> bool:
