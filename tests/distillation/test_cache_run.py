@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from xmag_hf.cli.main import main
 from xmag_hf.distillation.trainer import distill
@@ -38,6 +39,31 @@ def test_two_unlinked_processes_fill_what_training_finds(
     assert "Nothing was left to do" in capsys.readouterr().out
     assert distill(chosen, quiet=True) is not None
     assert use_teacher.seen == seen
+
+
+def test_each_process_has_the_gpu_that_it_is_told(
+    options, use_teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that is taken to have two; what is computed stays on the CPU."""
+    taken = []
+
+    def load(name: str, *, device: torch.device, precision: str) -> object:
+        taken.append(device)
+        return use_teacher
+
+    monkeypatch.setattr("xmag_hf.distillation.cache_run.load_encoder", load)
+    monkeypatch.setattr("xmag_hf.embedding.run.checked_device", lambda name: name)
+    for rank in range(2):
+        flags = _flags(options(), rank=rank, world=2, device=f"cuda:{rank}")
+        assert main(["cache", *flags, "--quiet"]) == 0
+    assert taken == [torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+def test_a_device_that_is_not_there_is_refused(options, capsys) -> None:
+    for name, reason in (("cuda:97", "--device cuda:97: "), ("gpu", "--device gpu: ")):
+        with pytest.raises(SystemExit) as ended:
+            main(["cache", *_flags(options(), device=name), "--quiet"])
+        assert ended.value.code == 2 and reason in capsys.readouterr().err
 
 
 def test_a_rank_outside_the_world_is_refused(options, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,25 @@ def test_no_training_region_shares_a_pixel_with_a_held_out_one(part: str) -> Non
             assert not overlap
 
 
+@pytest.mark.parametrize("part", ["s0:y>0.6", "s0:y<0.4", "s0:x>0.5", "s0:x<0.4"])
+def test_no_view_of_a_training_pair_shows_a_held_out_pixel(part: str) -> None:
+    """With --mpp-jitter 0.2 a view is up to 1.2 regions wide, about the same centre."""
+    rng = np.random.default_rng(1)
+    xs, ys = (rng.integers(0, 2000, 400) for _ in "xy")
+    index = _index(xs.tolist(), ys.tolist())
+    split = split_pairs(index, [part], margin=0.2)
+    held_out = np.zeros((3000, 3000), bool)
+    for row in split.held_out[part]:
+        held_out[ys[row] : ys[row] + 896, xs[row] : xs[row] + 896] = True
+    around = int(0.1 * 896)  # whole pixels: 89 of 89.6
+    for row in split.train:
+        top, left = max(0, ys[row] - around), max(0, xs[row] - around)
+        assert not held_out[top : ys[row] + 896 + around, left : xs[row] + 896 + around].any()
+    plain = split_pairs(index, [part])
+    assert len(split.held_out[part]) == len(plain.held_out[part])
+    assert 0 < len(split.train) < len(plain.train)
+
+
 def test_other_slides_of_a_held_out_patient_are_not_trained_on() -> None:
     patients = np.array([0, 0, 1], np.int32)
     index = _index([0, 0, 0], [0, 0, 0], [0, 1, 2], patients)

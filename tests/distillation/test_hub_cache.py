@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 from collections.abc import Iterator
@@ -32,20 +31,11 @@ WANTED = {
 }  # fmt: skip
 
 
-class PairsHub(loopback_hub.Hub):
-    """What listing, reading in ranges and committing need beside downloads."""
+class PairsHub(loopback_hub.CommittingHub):
+    """What listing and reading in ranges need beside downloads and commits."""
 
     public: bool
     fetched: list[str]
-    commits: int
-
-    def _answer(self, body: object) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def _entries(self, inside: str, recursive: bool = True) -> list[dict]:
         """Files and folders below `inside`, as the Hub lists them."""
@@ -88,28 +78,10 @@ class PairsHub(loopback_hub.Hub):
     do_GET = do_HEAD
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            files = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
-            return self._answer({"files": files})
-        if "/commit/" in self.path:
-            PairsHub.commits += 1
-            for line in map(json.loads, body.decode().splitlines()):
-                if line["key"] == "file":
-                    target = self.root / REPOSITORY / line["value"]["path"]
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(base64.b64decode(line["value"]["content"]))
-            return self._answer(
-                {
-                    "commitUrl": f"http://{self.headers['Host']}/datasets/{REPOSITORY}/commit/1",
-                    "commitOid": loopback_hub.COMMIT,
-                }
-            )
         if "/paths-info/" in self.path:
-            wanted = json.loads(body)["paths"]
+            wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
             return self._answer([e for e in self._entries("") if e["path"] in wanted])
-        self._answer({"url": f"http://{self.headers['Host']}/datasets/{REPOSITORY}"})
+        super().do_POST()
 
 
 @pytest.fixture
@@ -156,6 +128,12 @@ def test_what_is_pushed_is_found_and_pulled_shard_by_shard(
     assert find_hub_cache(REPOSITORY, corpus, WANTED | {"precision": "bf16"}) is None
     (hub.root / REPOSITORY / "teacher" / cache.name / "features-00001-of-00002.h5").unlink()
     assert find_hub_cache(REPOSITORY, corpus, WANTED) is None  # not complete
+
+
+def test_a_name_without_organisation_is_the_users(hub, cache: Path) -> None:
+    assert push_cache(cache, "pairs") == 2
+    there = hub.root / REPOSITORY / "teacher" / cache.name
+    assert {path.name for path in there.iterdir()} == {path.name for path in cache.iterdir()}
 
 
 def test_features_of_other_pairs_are_refused_when_read(hub, corpus: Corpus, cache: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from xmag_hf.distillation.pairs import (
     Placement,
     batches,
     micro_batches_per_epoch,
+    student_columns,
 )
 from xmag_hf.distillation.teacher_cache import (
     TeacherFeatures,
@@ -86,6 +88,27 @@ def test_streamed_ranks_with_held_out_rows_stop_together(corpus, options, world:
     flat = [row for rank in seen for batch in rank for row in batch]
     assert all(len(rank) == steps for rank in seen)
     assert len(set(flat)) == len(flat) and set(flat) <= set(rows.tolist())
+
+
+def test_streaming_shares_out_uneven_shards_pair_by_pair(corpus, options) -> None:
+    """Two processes, batches of 48: 1,100 pairs are 11 batches each, however they are sharded."""
+    chosen = options(streaming=True, batch_size=48)
+    for sizes in ([1000, 100], [1100, 0], [550, 550]):
+        uneven = dataclasses.replace(
+            corpus, shards=("a shard",) * len(sizes), shard_rows=np.array(sizes)
+        )
+        assert micro_batches_per_epoch(uneven, np.arange(1100), chosen, 2) == 11
+    # Held-out pairs can empty a shard: what counts is where the training pairs are.
+    assert micro_batches_per_epoch(uneven, np.arange(100), chosen, 2) == 1
+
+
+def test_uneven_streams_show_almost_every_pair(corpus, options) -> None:
+    chosen = options(streaming=True, batch_size=2)
+    rows = np.array([*range(12), 13, 20])  # twelve of one shard, two of the other
+    steps = micro_batches_per_epoch(corpus, rows, chosen, 2)
+    seen = [_rows(corpus, chosen, 2, rank, stop=steps, rows=rows) for rank in range(2)]
+    flat = [row for rank in seen for batch in rank for row in batch]
+    assert len(flat) == 12 and len(set(flat)) == 12 and set(flat) <= set(rows.tolist())
 
 
 @pytest.mark.parametrize("seen", ["20x", "5x"])
@@ -290,6 +313,25 @@ def test_a_random_scale_shows_what_it_says(corpus, options, tmp_path: Path) -> N
     at_once = dataclasses.replace(reader, mpp_jitter=0.4)
     with pytest.raises(DistillationError, match=r"image_5x_wide: zoom=.* hold 0.800 to 1.200"):
         list(batches(more, np.arange(12), at_once, chosen, Placement(), start=0, stop=6))
+
+
+def test_more_jitter_than_the_wide_views_hold(corpus, options, tmp_path: Path) -> None:
+    """Said before the teacher is at work: 336 px are 224 at 2.0 um/px and a fifth around it."""
+    more = _with_columns(corpus, tmp_path / "c", image_5x_wide=[_flat(9, 336)] * 12)
+    assert student_columns(options(mpp_jitter=0.2), more) == ("image_5x_wide",)
+    told = "mpp_jitter=0.3: .*336 px hold 0.800 to 1.200.*--margin 0.3"
+    with pytest.raises(DistillationError, match=told):
+        student_columns(options(mpp_jitter=0.3), more)
+
+
+@pytest.mark.parametrize("name", ["corpus[v2]", "*?{a,b}"])
+def test_a_folder_may_be_called_anything(corpus, options, tmp_path: Path, name: str) -> None:
+    """What loads the shards takes names for patterns."""
+    shutil.copytree(Path(corpus.shards[0]).parent, tmp_path / name / "data")
+    odd = open_corpus(str(tmp_path / name))
+    for streaming in (False, True):
+        found = _rows(odd, options(streaming=streaming))
+        assert sorted(sum(found, [])) == list(range(24))
 
 
 def test_columns_that_the_corpus_lacks(corpus, options) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -143,6 +144,64 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert torch.equal(value, resumed.student.state_dict()[name]), name
 
 
+def test_a_line_of_the_log_does_not_tell_that_a_checkpoint_cut_it(
+    options, use_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines after steps 3, 6 and 7; checkpoints after 2, 4 and 6; the power goes in step 6."""
+    same = {"max_steps": 7, "log_steps": 3, "checkpoint_steps": 2}
+    whole, cut = (options(output_dir=str(tmp_path / name), **same) for name in ("whole", "cut"))
+    distill(whole, quiet=True)
+    assert [line["step"] for line in _lines(whole)] == [3, 6, 7]
+    every = options(output_dir=str(tmp_path / "every"), **same | {"log_steps": 1})
+    distill(every, quiet=True)
+    losses = [line["loss"] for line in _lines(every)]
+    means = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
+    assert [line["loss"] for line in _lines(whole)] == pytest.approx(means, abs=1e-6)
+
+    real, calls = trainer._step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("power cut")
+        return real(*args)
+
+    monkeypatch.setattr(trainer, "_step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        distill(cut, quiet=True)
+    monkeypatch.setattr(trainer, "_step", real)
+    distill(cut, quiet=True)
+    assert _curve(cut) == _curve(whole)
+
+
+def test_each_process_finds_its_own_sums_in_a_checkpoint() -> None:
+    """Two processes in the middle of a window, and the time that it has taken so far."""
+    sums = {0: (1.5, 0.1), 1: (2.5, 0.3)}
+    windows = {}
+    for rank, values in sums.items():
+        window = windows[rank] = trainer._Window()
+        for _ in range(2):
+            parts = {"loss": torch.tensor(values[0]), "cosine": torch.tensor(values[1])}
+            window.add(parts, grad_norm=1.0, learning_rate=0.1)
+        window.waited, window.began = 0.25 + rank, time.perf_counter() - 60
+
+    def rows(window: trainer._Window) -> torch.Tensor:
+        alone = SimpleNamespace(device="cpu", gather=lambda tensor: tensor)
+        return torch.tensor(window.state(alone)["processes"])
+
+    both = torch.cat([rows(window) for window in windows.values()])
+    state = json.loads(json.dumps(
+        windows[0].state(SimpleNamespace(device="cpu", gather=lambda tensor: both))
+    ))  # fmt: skip
+    for rank, (loss, cosine) in sums.items():
+        found = trainer._Window.of(state, SimpleNamespace(device="cpu", process_index=rank))
+        assert found.steps == 2 and found.waited == 0.25 + rank
+        assert time.perf_counter() - found.began == pytest.approx(60, abs=5)
+        assert torch.equal(found.sums["loss"], torch.tensor(2 * loss))
+        assert torch.equal(found.sums["cosine"], torch.tensor(cosine) + torch.tensor(cosine))
+    assert trainer._Window().state(SimpleNamespace()) is None
+
+
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(
     options, use_teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +248,22 @@ def test_a_finished_folder_is_neither_redone_nor_overwritten(
     assert distill(chosen, quiet=True) is None
     with pytest.raises(DistillationError, match="seed: 0 then, 1 now"):
         distill(options(max_steps=2, seed=1), quiet=True)
+
+
+def test_a_readme_of_the_users_own_is_refused_before_training(
+    options, use_teacher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "README.md").write_text("mine")
+    seen = use_teacher.seen
+    with pytest.raises(DistillationError, match=r"README.md but no model of ours.*another"):
+        distill(options(max_steps=2, output_dir=str(folder)), quiet=True)
+    assert use_teacher.seen == seen and [path.name for path in folder.iterdir()] == ["README.md"]
+    partial = tmp_path / ".project.partial"  # the card is ours: saving it was interrupted
+    partial.mkdir()
+    (partial / "config.json").write_text('{"model_type": "xmag"}')
+    assert distill(options(max_steps=2, output_dir=str(folder)), quiet=True) is not None
 
 
 def test_nan_stops_and_names_slides(options, use_teacher) -> None:
@@ -422,6 +497,8 @@ def test_weight_decay_spares_vectors() -> None:
         ({"relational_weight": -1.0}, "must not be negative"),
         ({"teacher_view": "10x"}, "teacher_view=10x: must be one of 20x, 5x"),
         ({"push_to_hub": True}, "needs --hub_model_id"),
+        ({"seed": -1}, r"--seed=-1: must be in \[0, 2147483648\)"),
+        ({"seed": 2**31}, "--seed=2147483648: must be in"),
     ],
 )
 def test_contradictions_are_refused_at_construction(options, change, message) -> None:
@@ -465,11 +542,9 @@ def test_with_a_cache_the_20x_images_are_not_decoded(
         distill(live, quiet=True)
 
 
-def test_a_run_with_random_scales_goes_on_where_it_was(
-    options, use_teacher, pair_corpus: Path, tmp_path: Path
-) -> None:
-    wide = _rewritten(pair_corpus, tmp_path / "wide", lambda pair: None)
-    for path in (wide / "data").iterdir():
+def _with_wide_views(corpus: Path) -> Path:
+    """The corpus with views of 1.6 to 2.4 um/px (of smaller regions than they should show)."""
+    for path in (corpus / "data").iterdir():
         table = pq.read_table(path)
         images = []
         for pair in table.to_pylist():
@@ -479,6 +554,13 @@ def test_a_run_with_random_scales_goes_on_where_it_was(
             images.append({"bytes": buffer.getvalue(), "path": None})
         kind = table.schema.field("image_5x").type
         pq.write_table(table.append_column("image_5x_wide", pa.array(images, kind)), path)
+    return corpus
+
+
+def test_a_run_with_random_scales_goes_on_where_it_was(
+    options, use_teacher, pair_corpus: Path, tmp_path: Path
+) -> None:
+    wide = _with_wide_views(_rewritten(pair_corpus, tmp_path / "wide", lambda pair: None))
     same = {"data": str(wide), "mpp_jitter": 0.2, "cache_teacher": True}
     whole = options(output_dir=str(tmp_path / "whole"), max_steps=4, **same)
     distill(whole, quiet=True)
@@ -492,3 +574,23 @@ def test_a_run_with_random_scales_goes_on_where_it_was(
         distill(dataclasses.replace(whole, mpp_jitter=0.1), quiet=True)
     with pytest.raises(DistillationError, match="no column image_5x_wide"):
         distill(options(mpp_jitter=0.1), quiet=True)
+
+
+def test_a_wide_view_at_the_edge_of_a_held_out_band_is_not_trained_on(
+    options, use_teacher, pair_corpus: Path, tmp_path: Path
+) -> None:
+    """Columns side by side, 0 to 3584: a band from 1792 on ends where the second column does."""
+
+    def spread(pair: dict) -> None:
+        pair["x"] *= 4
+
+    wide = _with_wide_views(_rewritten(pair_corpus, tmp_path / "wide", spread))
+    same = {"data": str(wide), "max_steps": 1, "holdout": ("lower:x>0.5",)}
+    columns = {}
+    for jitter in (0.0, 0.2):
+        chosen = options(mpp_jitter=jitter, output_dir=str(tmp_path / str(jitter)), **same)
+        result = distill(chosen, quiet=True)
+        assert len(result.split.held_out["lower:x>0.5"]) == 6
+        trained = result.split.train[result.split.train >= 12]  # of the slide `lower`
+        columns[jitter] = set(result.corpus.index.x[trained].tolist())
+    assert columns == {0.0: {0, 896}, 0.2: {0}}

@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xmag_hf.atomic_write import write_atomically
 from xmag_hf.cli.options import add_options, read_options
-from xmag_hf.distillation.options import DistillOptions, recorded_options
+from xmag_hf.distillation.options import CARD_OPTIONS, DistillOptions, recorded_options
 from xmag_hf.reporting.records import versions
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     failed = False
     if state.is_main_process:
         if result is None:
-            print(
-                f"{options.output_dir} already holds this model; nothing to do "
-                "(--overwrite makes it again)."
-            )
+            done = _correct_card(options)
+            print(f"{options.output_dir} already holds this model; {done}")
         else:
             failed = _save_and_score(result)
         if options.push_to_hub and options.hub_model_id and not failed:
@@ -113,6 +112,7 @@ def _save(result: DistillResult, alignment: list[dict[str, Any]], *, scored: boo
     facts = _card_facts(result, alignment)
     licence = student_licence(facts.teacher_licence, facts.start_licence, facts.corpus_licences)
     result.student.config.licence = licence.summary
+    elsewhere = ("options", "versions", "alignment")
     record = {
         "run": result.run,
         "steps": result.steps,
@@ -121,10 +121,39 @@ def _save(result: DistillResult, alignment: list[dict[str, Any]], *, scored: boo
         "scored": scored,
         "alignment": alignment,
         "versions": facts.versions,
+        "card": {name: value for name, value in vars(facts).items() if name not in elsewhere},
     }
     folder = result.options.output_dir
     extra = {RESULT_FILE: json.dumps(record, indent=2)}
     save_folder(result.student, result.processor, render_card(facts), folder, extra)
+
+
+def _correct_card(options: DistillOptions) -> str:
+    """Write a finished model's card anew if the slides' licence or source is now another."""
+    from xmag_hf.distillation.checkpoints import RESULT_FILE
+    from xmag_hf.hub.cards import CardFacts, render_card
+    from xmag_hf.hub.licences import student_licence
+
+    folder = Path(options.output_dir)
+    record = json.loads((folder / RESULT_FILE).read_text())
+    then, now = record["run"]["options"], recorded_options(options)
+    if all(then.get(name) == now[name] for name in CARD_OPTIONS):
+        return "nothing to do (--overwrite makes it again)."
+    then |= {name: now[name] for name in CARD_OPTIONS}
+    record["card"] |= {
+        "corpus_licences": [options.data_licence],
+        "corpus_source": options.data_source,
+    }
+    given = {"versions": record["versions"], "alignment": record["alignment"] or None}
+    facts = CardFacts(**record["card"], options=then, **given)
+    licence = student_licence(facts.teacher_licence, facts.start_licence, facts.corpus_licences)
+    config = json.loads((folder / "config.json").read_text()) | {"licence": licence.summary}
+    # The record last: after a kill before it, the same command writes them again.
+    write_atomically(folder / "README.md", render_card(facts))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+    write_atomically(folder / "config.json", text)
+    write_atomically(folder / RESULT_FILE, json.dumps(record, indent=2))
+    return "its card now gives the licence and source of the slides as said."
 
 
 def _card_facts(result: DistillResult, alignment: list[dict[str, Any]]) -> CardFacts:

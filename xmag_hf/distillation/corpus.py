@@ -129,17 +129,18 @@ class Split:
     dropped: int
 
 
-def split_pairs(index: PairIndex, parts: Sequence[str]) -> Split:
+def split_pairs(index: PairIndex, parts: Sequence[str], *, margin: float = 0.0) -> Split:
     """Keep slides, or bands of slides, out of training.
 
-    A pair is held out if its whole region lies in the band, trained on if none of it does, and
-    otherwise dropped: no training region shares a pixel with a held-out one. With a whole slide,
-    the other slides of its patient are dropped, too.
+    A pair is held out if its whole region lies in the band, trained on if nothing that training
+    may show of it does, and otherwise dropped: no training view shares a pixel with a held-out
+    region. With a whole slide, the other slides of its patient are dropped, too.
 
     Args:
         index: Of the corpus.
         parts: `SLIDE_ID`, or `SLIDE_ID:y>0.75`, `SLIDE_ID:x<0.2`: share of the extent of the
             slide's pairs.
+        margin: How much wider than its region training may show a pair, as a share: --mpp-jitter.
 
     Returns:
         The split.
@@ -151,7 +152,7 @@ def split_pairs(index: PairIndex, parts: Sequence[str]) -> Split:
     role = np.zeros(len(index), dtype=np.int8)  # 0 train, 1 held out, 2 dropped
     held_out = {}
     for part in parts:
-        inside, touched = _band(index, part)
+        inside, touched = _band(index, part, margin)
         if not inside.any():
             raise DistillationError(f"--holdout {part}: holds no whole region; make it wider.")
         held_out[part] = np.flatnonzero(inside)
@@ -178,8 +179,18 @@ def count_disjoint(index: PairIndex, rows: np.ndarray) -> int:
     return sum(map(len, kept.values()))
 
 
-def _band(index: PairIndex, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) bool: regions wholly in the part, and regions that touch it."""
+def split_digest(index: PairIndex, split: Split) -> str:
+    """sha256, hex, over rows and places (slide_id, x, y) of the pairs trained on and held out."""
+    digest = hashlib.sha256(json.dumps(list(map(str, index.slide_names))).encode())
+    for rows in (split.train, *split.held_out.values()):
+        digest.update(f"{len(rows)} pairs".encode())
+        for column in (rows, index.slide[rows], index.x[rows], index.y[rows]):
+            digest.update(np.ascontiguousarray(column, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _band(index: PairIndex, part: str, margin: float) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) bool: regions wholly in the part, and regions that with their margin touch it."""
     slide_id, _, condition = part.partition(":") if ":" in part else (part, "", "")
     names = list(index.slide_names)
     if slide_id not in names:
@@ -198,9 +209,10 @@ def _band(index: PairIndex, part: str) -> tuple[np.ndarray, np.ndarray]:
     end = start + index.width0
     low, high = start[mine].min(), end[mine].max()
     edge = low + float(match[3]) * (high - low)
+    around = margin * index.width0 / 2
     if match[2] == ">":
-        return mine & (start >= edge), mine & (end > edge)
-    return mine & (end <= edge), mine & (start < edge)
+        return mine & (start >= edge), mine & (end + around > edge)
+    return mine & (end <= edge), mine & (start - around < edge)
 
 
 def _find_shards(data: str, streaming: bool) -> tuple[Path | None, list[str]]:

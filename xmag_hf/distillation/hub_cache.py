@@ -102,7 +102,7 @@ def push_cache(
 
     Args:
         folder: Of one key.
-        repository: ORG/NAME, made if it does not exist.
+        repository: ORG/NAME, or NAME for the user who is logged in; made if it does not exist.
         private: How it is made; one that is public is refused unless this is False.
         advance: Called with the number of files sent.
 
@@ -119,7 +119,8 @@ def push_cache(
         raise DistillationError(f"{folder}: not a complete cache, so it is not pushed.")
     api = HfApi()
     try:
-        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        repo = api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        repository = repo.repo_id  # with the user's name, where none was given
         if private and not api.repo_info(repository, repo_type="dataset").private:
             raise DistillationError(
                 f"{repository} exists and is public. Say --no-hub-private if the features may be "

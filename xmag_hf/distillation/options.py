@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ TEACHER_VIEWS = ("20x", "5x")
 # before. 2 adds the left-right flip, 4 the half turn and the top-bottom flip, 8 the quarter turns.
 CACHED_VIEWS = {1: (0,), 2: (0, 4), 4: (0, 2, 4, 6), 8: (0, 1, 2, 3, 4, 5, 6, 7)}
 TARGET_CENTERINGS = ("none", "mean", "whiten")
+NAMED_STARTS = ("dinov2", "imagenet", "random")  # of --init; anything else is somebody's weights
+MOST_SEED = 2**31  # NumPy takes twice that, but processes add their rank
 
 
 class DistillationError(ValueError):
@@ -87,7 +90,8 @@ class DistillOptions:
         True,
         "flips and quarter turns, the same for both magnifications; with a cached teacher the "
         "sixteen cells are permuted instead of encoded anew, which is an approximation unless "
-        "--cache-views is above 1",
+        "--cache-views is above 1, and cost alignment in one screening (docs/results.md): say "
+        "--no-dihedral, or --cache-views",
     )
     color_jitter: bool = _option(
         True,
@@ -119,7 +123,11 @@ class DistillOptions:
         "screening (docs/results.md)",
     )
     mixed_precision: str = _option(
-        "auto", "auto: bf16 on a GPU that has it, else no", choices=("auto", "no", "bf16", "fp16")
+        "auto",
+        "auto: bf16 or fp16 if `accelerate launch` was told so, else bf16 on a GPU that has it, "
+        "else no; the launcher's own no is its default and does not count: for full precision say "
+        "no here",
+        choices=("auto", "no", "bf16", "fp16"),
     )
 
     cache_teacher: bool = _option(False, "compute teacher features once and keep them")
@@ -145,7 +153,8 @@ class DistillOptions:
     streaming: bool = _option(
         False,
         "read shards as they come; else they are memory-mapped, for which `datasets` writes a copy "
-        "of the columns used to its cache (HF_DATASETS_CACHE)",
+        "of the columns used to its cache (HF_DATASETS_CACHE); several processes take whole shards "
+        "each, or, if that is uneven, every one all shards and its own pairs of them",
     )
     shuffle_buffer: int = _option(2048, "streaming: pairs held to shuffle among")
     num_workers: int = _option(2, "loader processes per training process")
@@ -187,6 +196,8 @@ class DistillOptions:
         for name in shares.split():
             if not 0 <= getattr(self, name) < 1:
                 raise DistillationError(f"--{name}={getattr(self, name)}: must be in [0, 1).")
+        if not 0 <= self.seed < MOST_SEED:
+            raise DistillationError(f"--seed={self.seed}: must be in [0, {MOST_SEED}).")
         choices = {
             "teacher_view": TEACHER_VIEWS,
             "target_centering": TARGET_CENTERINGS,
@@ -237,6 +248,8 @@ RESUMABLE_DIFFERENCES = PLACES | {
     *("num_workers", "checkpoint_steps", "resume", "overwrite", "log_steps", "report_to"),
     *("alignment_pairs", "teacher_batch_size"),
 }
+# What the card of a finished model says, and no weight depends on.
+CARD_OPTIONS = ("data_licence", "data_source")
 
 
 def recorded_options(options: DistillOptions) -> dict[str, Any]:
@@ -248,21 +261,24 @@ def recorded_options(options: DistillOptions) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in PLACES}
 
 
-def differing_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differing_options(
+    old: dict[str, Any], new: dict[str, Any], free: Collection[str] = RESUMABLE_DIFFERENCES
+) -> list[str]:
     """Say which options of a resumed run differ from those of its checkpoint.
 
     Args:
         old: `recorded_options` of the checkpoint.
         new: `recorded_options` of this run.
+        free: Options that may differ.
 
     Returns:
         Lines such as `learning_rate: 0.001 then, 0.0005 now`; empty when the curve can go on.
     """
-    free = RESUMABLE_DIFFERENCES
     # A record from before an option existed is of a run that did what its default does.
     old = recorded_options(DistillOptions(data="")) | old
     if new["streaming"]:
-        free = free - {"num_workers"}  # loader processes share out the shards: order depends on it
+        # Loader processes share out the shards: order depends on them.
+        free = set(free) - {"num_workers"}
     return [
         f"{name}: {old[name]} then, {value} now"
         for name, value in new.items()

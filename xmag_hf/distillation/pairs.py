@@ -6,6 +6,7 @@ the moment, so an interrupted run goes on with the very same batches.
 
 from __future__ import annotations
 
+import glob
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from xmag_hf.distillation.augmentation import (
     sample_generator,
     zoomed_view,
 )
-from xmag_hf.distillation.corpus import Corpus, iterate_shard
+from xmag_hf.distillation.corpus import Corpus, iterate_shard, read_pairs
 from xmag_hf.distillation.options import DistillationError, DistillOptions
 from xmag_hf.distillation.teacher_cache import TeacherFeatures
 from xmag_hf.distillation.teacher_encoding import (
@@ -39,6 +40,7 @@ from xmag_hf.distillation.teacher_encoding import (
 
 READING_PATHS = ("image_5x", "image_5x_scanner", "image_5x_fast")
 WIDE = "image_5x_wide"
+EVEN_SHARE = 0.9  # of an equal share of the pairs: what whole shards must give every process
 PATCH_TOKENS = 16 * 16  # of every ViT student at 224 px
 Batch = dict[str, Tensor]
 
@@ -162,7 +164,8 @@ def student_columns(options: DistillOptions, corpus: Corpus) -> tuple[str, ...]:
     """Images that the student's view is taken from.
 
     Raises:
-        DistillationError: The corpus lacks what the options ask for.
+        DistillationError: The corpus lacks what the options ask for, or its wide views (the first
+            one is looked at) are narrower than --mpp_jitter needs.
     """
     wanted = ("image_5x",)
     if options.reading_paths:
@@ -179,7 +182,21 @@ def student_columns(options: DistillOptions, corpus: Corpus) -> tuple[str, ...]:
                 f"{corpus.location}: no column {WIDE}. Build the corpus with `xmag corpus --margin "
                 f"{options.mpp_jitter:g}`, or leave --mpp_jitter out."
             )
+        _refuse_narrow(corpus, options.mpp_jitter)
     return wanted
+
+
+def _refuse_narrow(corpus: Corpus, jitter: float) -> None:
+    """Refuse a jitter that the first wide view does not hold."""
+    ((_, values),) = read_pairs(corpus, np.arange(1), [WIDE])
+    wide = decode_image(values[WIDE]["bytes"], None, f"{corpus.location}, pair 0, {WIDE}")
+    try:
+        zoomed_view(wide, 1 + jitter)
+    except ValueError as error:
+        raise DistillationError(
+            f"--mpp_jitter={jitter:g}: {corpus.location}, {WIDE}: {error} Lower it, or build the "
+            f"corpus with `xmag corpus --margin {jitter:g}`."
+        ) from error
 
 
 class MappedPairs(Dataset):
@@ -190,7 +207,8 @@ class MappedPairs(Dataset):
 
         table = datasets.load_dataset(
             "parquet",
-            data_files={"train": list(corpus.shards)},
+            # A folder's name is no pattern, whatever characters it has.
+            data_files={"train": [glob.escape(shard) for shard in corpus.shards]},
             split="train",
             columns=reader.columns,
         )
@@ -332,9 +350,11 @@ def batches(
 
 
 def _streamed_rows(corpus: Corpus, rows: np.ndarray, placement: Placement) -> np.ndarray:
-    """Rows of this rank: whole shards, dealt out evenly; every world-th row if shards are few."""
-    if len(corpus.shards) < placement.world:
-        return rows[rows % placement.world == placement.rank]
+    """Rows of this rank: whole shards, dealt out evenly; every world-th row if that is uneven.
+
+    A rank without its share would end the epoch of all. Reading every shard on every rank costs
+    less than that, but more than reading each once.
+    """
     shard = np.searchsorted(corpus.shard_starts, rows, side="right") - 1
     counts = np.bincount(shard, minlength=len(corpus.shards))
     weights = np.zeros(placement.world, np.int64)
@@ -342,6 +362,8 @@ def _streamed_rows(corpus: Corpus, rows: np.ndarray, placement: Placement) -> np
     for number in np.argsort(-counts, kind="stable"):  # largest first, to the lightest rank
         rank_of[number] = weights.argmin()
         weights[rank_of[number]] += counts[number]
+    if weights.min() < EVEN_SHARE * len(rows) / placement.world:
+        return rows[placement.rank :: placement.world]
     return rows[rank_of[shard] == placement.rank]
 
 

@@ -30,11 +30,11 @@ from xmag_hf.distillation.checkpoints import (
     refuse_foreign,
     run_record,
 )
-from xmag_hf.distillation.corpus import Corpus, Split, open_corpus, split_pairs
+from xmag_hf.distillation.corpus import Corpus, Split, open_corpus, split_digest, split_pairs
 from xmag_hf.distillation.distiller import Distiller, prepare_batch
 from xmag_hf.distillation.ema import ExponentialMovingAverage
 from xmag_hf.distillation.loss import DistillationLoss
-from xmag_hf.distillation.options import DistillationError, DistillOptions
+from xmag_hf.distillation.options import NAMED_STARTS, DistillationError, DistillOptions
 from xmag_hf.distillation.pairs import (
     Batch,
     PairReader,
@@ -55,6 +55,7 @@ from xmag_hf.distillation.teacher import (
     progress_bar,
     scoring_features,
 )
+from xmag_hf.encoder_files import tensors_digest
 from xmag_hf.modeling import XMAGImageProcessor
 from xmag_hf.modeling.convert import build_student, image_processor_for
 from xmag_hf.training.checkpoints import (
@@ -136,7 +137,7 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     Raises:
         DistillationError: Data, teacher, options or loss that cannot go on; also after SIGTERM,
             once a checkpoint is written.
-        TrainingError: accelerate's own settings say another gradient accumulation.
+        TrainingError: What accelerate is set to, or has installed, does not fit the options.
     """
     accelerator = open_accelerator(
         options.mixed_precision,
@@ -152,14 +153,25 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     student = build_student(options.student, options.init, drop_path_rate=options.drop_path_rate)
     corpus = open_corpus(options.data, streaming=options.streaming)
     student_columns(options, corpus)  # what is not there must be said before the teacher's work
-    split = split_pairs(corpus.index, options.holdout)
+    split = split_pairs(corpus.index, options.holdout, margin=options.mpp_jitter)
     per_epoch = micro_batches_per_epoch(corpus, split.train, options, accelerator.num_processes)
     total_steps = options.max_steps or max(
         1, int(options.epochs * per_epoch) // options.gradient_accumulation_steps
     )
     warmup_steps = _warmup_steps(options, total_steps)
     plan = plan_teacher(options, checked, corpus, accelerator)
-    record = run_record(options, corpus.fingerprint, plan.revision, accelerator.num_processes)
+    # A named start is known by its name and the seed: drawn or resampled numbers may differ in
+    # their last bits from one processor to another.
+    named = options.init is None or options.init in NAMED_STARTS
+    record = run_record(
+        options,
+        fingerprint=corpus.fingerprint,
+        split=split_digest(corpus.index, split),
+        start=None if named else tensors_digest(student.state_dict()),
+        teacher=plan.revision,
+        world=accelerator.num_processes,
+        precision=str(accelerator.mixed_precision),
+    )
     finished = not options.overwrite and finished_with(options.output_dir, record)
     agree(accelerator, finished, "finished models", "--output-dir")
     if finished:
@@ -320,7 +332,7 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 def _train(run: _Run) -> tuple[float, dict[str, Any]]:
     """Run the loop from the last checkpoint to the end; return seconds and the last metrics."""
     options, accelerator = run.options, run.accelerator
-    done, earlier_seconds = _resume(run)
+    done, earlier = _resume(run)
     accumulation = options.gradient_accumulation_steps
     if options.report_to:
         accelerator.init_trackers("xmag_distill", config=_flat(run.record["options"]))
@@ -339,8 +351,9 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
         pin_memory=accelerator.device.type == "cuda",
     )
     run.distiller.train()
-    window, last = _Window(), _last_line(options, done)
-    began = time.perf_counter() - earlier_seconds
+    window = _Window.of(earlier.get("window"), accelerator)
+    last = _last_line(options, done)
+    began = time.perf_counter() - earlier.get("seconds", 0.0)
     with stop_on_sigterm() as stop, progress_bar(accelerator, run.quiet) as bar:
         task = bar.add_task("distillation", total=run.total_steps, completed=done, note="")
         for step in range(done + 1, run.total_steps + 1):
@@ -352,6 +365,7 @@ def _train(run: _Run) -> tuple[float, dict[str, Any]]:
             stopping = any_rank(accelerator, stop.asked)
             if stopping or step % options.checkpoint_steps == 0 or step == run.total_steps:
                 state = run.record | {"seconds": time.perf_counter() - began}
+                state["window"] = window.state(accelerator)
                 pause = time.perf_counter()
                 save_checkpoint(accelerator, options.output_dir, step, state)
                 window.began += time.perf_counter() - pause  # no part of the rate
@@ -373,11 +387,32 @@ class _Window:
         self.sums: dict[str, Tensor] = {}
         self.grad_norm = self.learning_rate = float("nan")
 
+    @classmethod
+    def of(cls, state: dict[str, Any] | None, accelerator: Accelerator) -> _Window:
+        """The one that a checkpoint cut, as `state` gave it; None for a new one."""
+        window = cls()
+        if state is not None:
+            values = state["processes"][accelerator.process_index]
+            waited, seconds, *sums = torch.tensor(values, device=accelerator.device)
+            window.waited, window.began = float(waited), window.began - float(seconds)
+            window.steps, window.sums = state["steps"], dict(zip(state["names"], sums, strict=True))
+        return window
+
     def add(self, parts: dict[str, Tensor], grad_norm: float, learning_rate: float) -> None:
         self.steps += 1
         self.grad_norm, self.learning_rate = grad_norm, learning_rate  # of the last step
         for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+            earlier = self.sums.get(name)
+            self.sums[name] = value if earlier is None else earlier.to(value) + value
+
+    def state(self, accelerator: Accelerator) -> dict[str, Any] | None:
+        """The sums of every process for a checkpoint, as JSON takes them; None between windows."""
+        if not self.steps:
+            return None
+        times = torch.tensor([self.waited, time.perf_counter() - self.began])
+        values = torch.stack([*times.to(accelerator.device), *self.sums.values()])
+        processes = accelerator.gather(values[None]).tolist()  # type: ignore[union-attr]
+        return {"steps": self.steps, "names": list(self.sums), "processes": processes}
 
 
 def _step(
@@ -471,22 +506,21 @@ def _log(
     return line
 
 
-def _resume(run: _Run) -> tuple[int, float]:
-    """Load the last checkpoint; return its step and seconds so far, 0 and 0 without one."""
+def _resume(run: _Run) -> tuple[int, dict[str, Any]]:
+    """Load the last checkpoint; return its step and record, 0 and {} without one."""
     options, accelerator = run.options, run.accelerator
     if not options.resume:
         if accelerator.is_main_process:
             remove_checkpoints(options.output_dir)
         accelerator.wait_for_everyone()
-        return 0, 0.0
+        return 0, {}
     found = find_checkpoint(options.output_dir, run.record)
-    agree(accelerator, found and found[0], "checkpoints", "--output-dir")
+    agree(accelerator, found and found.step, "checkpoints", "--output-dir")
     if found is None:
-        return 0, 0.0
-    step, folder, seconds = found
-    accelerator.load_state(str(folder))
-    logger.info("resumed from %s", folder)
-    return step, seconds
+        return 0, {}
+    accelerator.load_state(str(found.folder))
+    logger.info("resumed from %s", found.folder)
+    return found.step, found.record
 
 
 def _last_line(options: DistillOptions, step: int) -> dict[str, Any]:

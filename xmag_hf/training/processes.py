@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 
 class TrainingError(ValueError):
@@ -26,8 +26,8 @@ def open_accelerator(
     """The processes of `accelerate launch`, or this one alone.
 
     Args:
-        mixed_precision: no, bf16, fp16, or auto: what `accelerate launch` says, else bf16 on a GPU
-            that has it, else no.
+        mixed_precision: no, bf16, fp16, or auto: what `accelerate launch` was told, else bf16 on a
+            GPU that has it, else no.
         accumulation: Backward passes an optimiser step, on each process.
         cpu: Whether the CPU is trained on. Said outright, because torchrun without a GPU otherwise
             makes N strangers, not a group.
@@ -38,31 +38,57 @@ def open_accelerator(
         The accelerator; every process opens its own.
 
     Raises:
-        TrainingError: accelerate's own settings say another accumulation.
+        TrainingError: accelerate's own settings say another accumulation, it does not know a
+            tracker or lacks its package, or the device cannot do the precision.
     """
-    precision: str | None = mixed_precision
-    if precision == "auto":
-        on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if on_gpu else "no"
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:
-            precision = None  # `accelerate launch --mixed_precision ...` or its config has said
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=accumulation,
-        log_with=list(trackers) or None,
-        project_dir=project_dir,
-        # Processes wait for the slowest to fill its share of a cache, and while one scores: with
-        # the default of ten minutes a large training would end there.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=_precision(mixed_precision, cpu),
+            gradient_accumulation_steps=accumulation,
+            log_with=list(trackers) or None,
+            project_dir=project_dir,
+            # Processes wait for the slowest to fill its share of a cache, and while one scores:
+            # with the default of ten minutes a large training would end there.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        )
+    except ValueError as error:
+        asked = f"--mixed-precision {mixed_precision}"
+        if trackers:
+            asked += f" --report-to {' '.join(trackers)}"
+        raise TrainingError(f"{asked}: accelerate refuses: {error}") from error
     if accelerator.gradient_accumulation_steps != accumulation:
         raise TrainingError(
             f"accelerate's own settings say {accelerator.gradient_accumulation_steps} gradient "
             f"accumulation steps, the options {accumulation}. Say it once: with the options, not "
             "with accelerate's."
         )
+    _refuse_lost(trackers, list(map(str, accelerator.log_with)))
     return accelerator
+
+
+def _precision(asked: str, cpu: bool) -> str | None:
+    """What accelerate is opened with; None where its launcher was told, for it to read."""
+    if asked != "auto":
+        return asked
+    # `accelerate launch` always sets this, to `no` where nobody said anything.
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() != "no":
+        return None
+    on_gpu = torch.cuda.is_available() and not cpu and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def _refuse_lost(asked: Sequence[str], opened: Sequence[str]) -> None:
+    """Refuse trackers that accelerate leaves out without a word: their package is not there."""
+    lost = [name for name in asked if name != "all" and name not in opened]
+    if "all" in asked:  # the installed ones, whatever else is named
+        lost = [] if opened else ["all"]
+    if lost:
+        package = "wandb" if lost == ["all"] else " ".join(lost)
+        raise TrainingError(
+            f"--report-to {' '.join(lost)}: not installed, so nothing would be recorded. "
+            f"`pip install {package}`, or leave it out."
+        )
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
