@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,10 +119,12 @@ def main() -> None:
     if not args.score_only:
         for (row, seed), folder in folders.items():
             train(args, row, seed, folder)
+    trained = {key: f for key, f in folders.items() if (f / "distillation.json").exists()}
+    refuse_mixed(trained.values())
     rows = reference_rows(args) | {
-        row: [f for (r, _), f in folders.items() if r == row and (f / "model.safetensors").exists()]
-        for row in args.rows
+        row: [f for (r, _), f in trained.items() if r == row] for row in args.rows
     }
+    args.scored_seeds = {row: [s for r, s in trained if r == row] for row in args.rows}
     predictions = {name: score(args, name, specs) for name, specs in rows.items() if specs}
     results = summarise(args, predictions)
     (args.out / "results.json").write_text(json.dumps(results, indent=1))
@@ -147,6 +150,19 @@ def train(args: argparse.Namespace, row: str, seed: int, folder: Path) -> None:
     print("+", " ".join(command), flush=True)
     subprocess.run(command, check=True)
     print(f"{row}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def refuse_mixed(folders: Iterable[Path]) -> None:
+    """Refuse students of several corpora or lengths: what they are compared for is the rest."""
+    first: dict[str, Any] = {}
+    for folder in folders:
+        run = json.loads((folder / "distillation.json").read_text())["run"]
+        facts = {name: run["options"][name] for name in ("epochs", "teacher", "student", "holdout")}
+        facts["corpus"] = run["corpus_fingerprint"]
+        first = first or facts
+        told = [f"{k} {v!r} and {first[k]!r}" for k, v in facts.items() if first[k] != v]
+        if told:
+            raise SystemExit(f"{folder}: not of this study: {'; '.join(told)}. Move it away.")
 
 
 def reference_rows(args: argparse.Namespace) -> dict[str, list[Any]]:
@@ -388,9 +404,12 @@ def compare(
         clusters=facts["clusters"],
         samples=args.samples,
     )
-    first, second = per_seed(facts, chosen[a]), per_seed(facts, chosen[b])
-    second = second * len(first) if len(second) == 1 else second
-    seeds = [one - two for one, two in zip(first, second, strict=False)]
+    first, second = (
+        dict(zip(args.scored_seeds.get(name, [None]), per_seed(facts, chosen[name]), strict=True))
+        for name in (a, b)
+    )
+    # A teacher has no seed: it is the same for all.
+    seeds = [value - second.get(seed, second.get(None, np.nan)) for seed, value in first.items()]
     found = {"measure": measure, "a": a, "b": b} | vars(test) | {"per_seed": seeds}
     if (a, b) in PRICE and measure in MARGINS:
         found["margin"] = MARGINS[measure]

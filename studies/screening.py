@@ -61,6 +61,7 @@ def main() -> None:
         for row in args.rows:
             train(args, row)
     found = {row: read(args.out / folder_name(row)) for row in ROWS}
+    refuse_mixed({row: args.out / folder_name(row) for row, lines in found.items() if lines})
     if not any(found.values()):
         raise SystemExit(f"{args.out}: no row is finished; leave --score-only out")
     results = summarise({row: scored for row, scored in found.items() if scored})
@@ -97,6 +98,22 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """A student's scores on the held-out parts; none if it is not finished."""
     path = folder / "distillation.json"
     return json.loads(path.read_text())["alignment"] if path.exists() else []
+
+
+def refuse_mixed(folders: dict[str, Path]) -> None:
+    """Refuse rows that differ in more than what their own options say."""
+    first: dict[str, Any] = {}
+    for row, folder in folders.items():
+        run = json.loads((folder / "distillation.json").read_text())["run"]
+        own = {name[2:].replace("-", "_") for name in ROWS[row] if name.startswith("--")}
+        facts = run["options"] | {"corpus": run["corpus_fingerprint"]}
+        facts = {key: value for key, value in facts.items() if key not in own}
+        for key, value in facts.items():
+            if first.setdefault(key, (row, value))[1] != value:
+                raise SystemExit(
+                    f"{folder}: {key} {value!r}, and {first[key][1]!r} in {first[key][0]!r}. "
+                    "Rows of one table differ in their own option only: choose another --out."
+                )
 
 
 def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
