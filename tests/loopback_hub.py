@@ -5,6 +5,7 @@ usage: loopback_hub.py REPOSITORIES GATED_JSON; prints one line of JSON.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -23,6 +25,7 @@ class Hub(BaseHTTPRequestHandler):
 
     root: Path
     gated: frozenset[str]
+    commit = COMMIT  # of main
 
     def log_message(self, *args) -> None:
         pass
@@ -43,21 +46,65 @@ class Hub(BaseHTTPRequestHandler):
             return self._refuse(401, "GatedRepo")
         if not (self.root / repository).is_dir():
             return self._refuse(404, "RepoNotFound")
-        if revision not in ("main", COMMIT):
+        if revision not in ("main", self.commit):
             return self._refuse(404, "RevisionNotFound")
         path = self.root / repository / name
         if not path.is_file():
             return self._refuse(404, "EntryNotFound")
         content = path.read_bytes()
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        # What lies in LFS goes by its sha256, what lies in git itself by a shorter digest.
+        kind = "sha256" if path.suffix == ".safetensors" else "sha1"
+        self.send_header("ETag", f'"{hashlib.new(kind, content).hexdigest()}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
 
     do_GET = do_HEAD
+
+
+class CommittingHub(Hub):
+    """Also makes repositories, for the user `lab` where no organisation is named, and commits."""
+
+    commits: int = 0
+
+    def _answer(self, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here, path = f"http://{self.headers['Host']}", self.path.split("?")[0]
+        repository = "/".join(path.split("/")[3:5])  # /api/models/ORG/NAME/...
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'lab'}/{asked['name']}"
+            kind = "datasets/" if asked.get("type") == "dataset" else ""
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+            return self._answer({"url": f"{here}/{kind}{name}"})
+        if path == "/api/validate-yaml":
+            return self._answer({"errors": [], "warnings": []})
+        if not (self.root / repository).is_dir():
+            return self._refuse(404, "RepoNotFound")
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            files = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            return self._answer({"files": files})
+        if "/commit/" not in path:
+            return self._refuse(404, "EntryNotFound")
+        type(self).commits += 1
+        for line in map(json.loads, body.decode().splitlines()):
+            if line["key"] == "file":
+                target = self.root / repository / line["value"]["path"]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(base64.b64decode(line["value"]["content"]))
+        self._answer({"commitUrl": f"{here}/{repository}/commit/1", "commitOid": COMMIT})
 
 
 @contextmanager
@@ -99,10 +146,11 @@ def main(root: str, gated: str) -> None:
     import huggingface_hub.constants
     import torch
 
-    from xmag_hf.encoders import EncoderError, load_encoder
+    from xmag_hf.encoders import EncoderError, check_encoder, load_encoder
 
     def ask(name: str, revision: str | None = None) -> dict:
         try:
+            checked = check_encoder(name, revision=revision)
             encoder = load_encoder(name, revision=revision)
         except EncoderError as error:
             return {"error": str(error)}
@@ -111,18 +159,27 @@ def main(root: str, gated: str) -> None:
         return {
             "shape": list(embedding.shape),
             "sum": embedding.sum().item(),
+            "name": encoder.name,
             "revision": encoder.revision,
+            "checked": [checked.name, checked.revision],  # before any weights were fetched
+            "commit": encoder.card.commit,
             "licence": encoder.licence,
         }
 
     names = ["hf:org/vit", "hf:org/resnet", "timm:resnet10t", "uni2-h", "phikon"]
     names += ["hf:org/nothing", "hf:org/no-weights", "hf:org/empty"]
+    names += ["hf:org/student"]
     answers: dict = {"commit": COMMIT} | {name: ask(name) for name in names}
+    # Nothing is loaded: transformers lists a repository in parts, which this Hub does not answer.
+    answers["hf:org/parts"] = {"revision": check_encoder("hf:org/parts").revision}
     answers["hf:org/vit@v9"] = ask("hf:org/vit", "v9")
+    (Hub.root / "org/student/README.md").write_text("# mended\n")
+    Hub.commit = LATER
+    answers["later"] = {"hf:org/student": ask("hf:org/student")}
     server.shutdown()
     server.server_close()
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    answers["offline"] = {name: ask(name) for name in ("hf:org/vit", "uni2-h")}
+    answers["offline"] = {name: ask(name) for name in ("hf:org/vit", "timm:resnet10t", "uni2-h")}
     print(json.dumps(answers))
 
 

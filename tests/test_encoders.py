@@ -233,12 +233,12 @@ def test_transformers_folder(tmp_path):
     assert "0.6" in encoder.normalisation and "32" in encoder.normalisation
 
 
-def _save_timm(folder: Path) -> torch.nn.Module:
+def _save_timm(folder: Path, safe: bool | str = True) -> torch.nn.Module:
     torch.manual_seed(2)
     model = timm.create_model("resnet10t", num_classes=0).eval()
     # Fresh statistics are 0 and 1, and would hide a folder loaded without them.
     model.train()(torch.rand(4, 3, 64, 64))
-    timm.models.save_for_hf(model.eval(), folder, safe_serialization=True)
+    timm.models.save_for_hf(model.eval(), folder, safe_serialization=safe)
     return model
 
 
@@ -254,10 +254,13 @@ def test_timm_folder_normalises_by_its_own_config(tmp_path):
     torch.testing.assert_close(encoder(images), expected, atol=1e-4, rtol=1e-4)
 
 
+NARROW = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+
+
 @pytest.mark.parametrize(
     "build, name, tokens",
     [
-        ({"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}, "xmag/32", 257),
+        (NARROW, "xmag/32", 257),
         ({"size": "tiny"}, "xmag/tiny", 257),
         (None, "xmag_lite/lite", 49),
     ],
@@ -280,6 +283,18 @@ def test_xmag_folder(tmp_path, build, name, tokens):
     torch.testing.assert_close(
         encoder(torch.from_numpy(images)), output.pooler_output, atol=1e-5, rtol=1e-4
     )
+
+
+def _save_student(folder: Path) -> None:
+    torch.manual_seed(4)
+    XMAGModel(XMAGConfig(**NARROW)).save_pretrained(folder)
+    XMAGImageProcessor().save_pretrained(folder)
+
+
+def _save_in_parts(folder: Path) -> None:
+    torch.manual_seed(4)
+    XMAGModel(XMAGConfig(**NARROW)).save_pretrained(folder, max_shard_size="50KB")
+    XMAGImageProcessor().save_pretrained(folder)
 
 
 def test_incomplete_folders_say_what_is_missing(tmp_path):
@@ -308,14 +323,17 @@ def hub_answers(tmp_path_factory) -> dict:
     """What a process sees that asks a loopback Hub (see loopback_hub.py) for encoders."""
     root = tmp_path_factory.mktemp("hub")
     repositories = root / "repositories"
-    for repository in ("owkin/phikon", "org/vit", "org/resnet", "timm/resnet10t.c3_in1k"):
+    names = ("owkin/phikon", "org/vit", "org/resnet", "timm/resnet10t.c3_in1k")
+    for repository in (*names, "org/student", "org/parts"):
         (repositories / repository).mkdir(parents=True)
+    _save_student(repositories / "org/student")
+    _save_in_parts(repositories / "org/parts")
     _save_vit(repositories / "org/vit")
     (repositories / "org/vit/README.md").write_text(
         "---\nlicense: other\nlicense_name: house-rules\n---\n# a model\n"
     )
     _save_timm(repositories / "org/resnet")
-    _save_timm(repositories / "timm/resnet10t.c3_in1k")
+    _save_timm(repositories / "timm/resnet10t.c3_in1k", safe=False)
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     wrong = Dinov2Model(Dinov2Config(**small, image_size=224, patch_size=14))
     wrong.save_pretrained(repositories / "owkin/phikon")
@@ -333,22 +351,61 @@ def hub_answers(tmp_path_factory) -> dict:
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"root": repositories}
 
 
-def test_hub_models_load_at_a_commit(hub_answers):
-    for name, width in (("hf:org/vit", 16), ("hf:org/resnet", 512), ("timm:resnet10t", 512)):
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_hub_models_go_by_the_digest_of_their_weights(hub_answers):
+    rows = (
+        ("hf:org/vit", 16, "org/vit/model.safetensors"),
+        ("hf:org/resnet", 512, "org/resnet/model.safetensors"),
+        ("timm:resnet10t", 512, "timm/resnet10t.c3_in1k/pytorch_model.bin"),
+    )
+    for name, width, file in rows:
         answer = hub_answers[name]
         assert answer["shape"] == [1, width], name
-        assert answer["revision"] == hub_answers["commit"], name
+        assert answer["revision"] == f"sha256:{_file_digest(hub_answers['root'] / file)[:16]}", name
+        assert (answer["name"], answer["commit"]) == (name, hub_answers["commit"])
+        assert answer["checked"] == [answer["name"], answer["revision"]]
     assert hub_answers["hf:org/vit"]["licence"] == "house-rules"
     assert hub_answers["hf:org/resnet"]["licence"].endswith("see https://huggingface.co/org/resnet")
 
 
+def test_a_student_on_the_hub_is_the_student_in_its_folder(hub_answers):
+    """Bags made with one serve heads made with the other, whatever happens to the page."""
+    folder = hub_answers["root"] / "org/student"
+    here = load_encoder(str(folder))
+    digest = _file_digest(folder / "model.safetensors")
+    assert (here.name, here.revision) == ("xmag/32", f"sha256:{digest[:16]}")
+    there, later = hub_answers["hf:org/student"], hub_answers["later"]["hf:org/student"]
+    for answer in (there, later):
+        assert [answer["name"], answer["revision"]] == [here.name, here.revision]
+        assert answer["checked"] == [here.name, here.revision]
+    assert (there["commit"], here.card.commit) == (hub_answers["commit"], None)
+    assert later["commit"] not in (None, there["commit"])
+
+
+def test_weights_in_parts_have_one_digest(hub_answers):
+    folder = hub_answers["root"] / "org/parts"
+    parts = sorted(folder.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    (folder / "start.safetensors").write_bytes(b"somebody's own, which nothing loads")
+    whole = hashlib.sha256("".join(map(_file_digest, parts)).encode()).hexdigest()
+    for revision in (hub_answers["hf:org/parts"]["revision"], check_encoder(str(folder)).revision):
+        assert revision == f"sha256:{whole[:16]}"
+    parts[1].unlink()
+    with pytest.raises(EncoderError, match=f"lacks {parts[1].name}, which model.safetensors.index"):
+        check_encoder(str(folder))
+
+
 def test_loaded_once_it_needs_no_network(hub_answers):
-    again = hub_answers["offline"]["hf:org/vit"]
-    assert again["sum"] == pytest.approx(hub_answers["hf:org/vit"]["sum"], rel=1e-6)
-    assert again["revision"] == hub_answers["commit"]
+    for name in ("hf:org/vit", "timm:resnet10t"):
+        again, before = hub_answers["offline"][name], hub_answers[name]
+        assert again["sum"] == pytest.approx(before["sum"], rel=1e-6)
+        assert again["revision"] == before["revision"]
 
 
 def test_gated_says_which_page_and_how_to_log_in(hub_answers):

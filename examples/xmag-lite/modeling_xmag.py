@@ -61,10 +61,10 @@ def check_input(pixel_values: Tensor, config: XMAGBaseConfig, other_sizes: bool,
         pixel_values: (B, C, H, W).
         config: Gives image_size and num_channels.
         other_sizes: The caller asked for sizes other than image_size.
-        step: Height and width must be multiples of it, px.
+        step: The side must be a multiple of it, px.
 
     Raises:
-        ValueError: Wrong rank, channels or size; the remedy is named.
+        ValueError: Wrong rank, channels or size, or no square; the remedy is named.
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
@@ -79,6 +79,10 @@ def check_input(pixel_values: Tensor, config: XMAGBaseConfig, other_sizes: bool,
             f"pixel_values: {height} x {width} px, but this encoder reads {config.image_size} x "
             f"{config.image_size} px at {config.mpp:g} um/px. Let XMAGImageProcessor resample "
             "(mpp=), or pass interpolate_pos_encoding=True if another size is meant."
+        )
+    if height != width:  # whose tokens spatial_features would take for those of a square
+        raise ValueError(
+            f"pixel_values: {height} x {width} px are not square. Cut a square, or several."
         )
     if height % step or width % step:
         raise ValueError(f"pixel_values: {height} x {width} px are not multiples of {step} px.")
@@ -203,7 +207,7 @@ class XMAGModel(XMAGPreTrainedModel):
             pixel_values: (B, 3, 224, 224), normalised by XMAGImageProcessor.
             output_attentions: Also return the attention weights; needs eager attention.
             output_hidden_states: Also return the tokens before the first and after every block.
-            interpolate_pos_encoding: Allow other sizes (multiples of 14 px); the position
+            interpolate_pos_encoding: Allow other squares (multiples of 14 px); the position
                 embedding is then resampled, bicubic, as transformers' DINOv2 does.
 
         Returns:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import loopback_hub
 import numpy as np
 import pytest
 import torch
@@ -97,6 +98,33 @@ def test_replacing_keeps_checkpoints_and_logs(tmp_path):
     assert (out / "metrics.jsonl").read_text() == "line\n"
     # transformers would otherwise find weights of the old model.
     assert not (out / "pytorch_model.bin").exists()
+
+
+def test_files_that_are_not_the_models_stay(tmp_path):
+    """Weights under names of the user's own are no weights of ours, at the first save and later."""
+    names = ("start.safetensors", "pytorch_model_teacher.bin", "model-end.safetensors", "notes.md")
+    for name in names:
+        (tmp_path / name).write_text(f"mine: {name}")
+    _save("one", tmp_path, weights=("model-00001-of-00002.safetensors",))
+    for version in ("two", "three"):
+        _save(version, tmp_path)
+        for name in names:
+            assert (tmp_path / name).read_text() == f"mine: {name}"
+    assert _loaded_version(tmp_path) == "three"
+    assert not (tmp_path / "model-00001-of-00002.safetensors").exists()  # of version one
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "model.safetensors", "pytorch_model.bin", "preprocessor_config.json"]
+)
+def test_where_no_model_of_ours_is_nothing_is_replaced(tmp_path, name):
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(PublishError, match=f"{name}.*no config.json.*another folder"):
+        _save("1", out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["project", name]
+    assert (out / name).read_text() == "mine"
 
 
 def test_a_crash_at_any_step_leaves_old_new_or_nothing(tmp_path, monkeypatch):
@@ -188,7 +216,7 @@ class FakeApi:
         if self.refusal:
             raise self.refusal
         self.calls.append(("create_repo", repo_id, kwargs))
-        return f"https://huggingface.co/{repo_id}"
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
     def repo_info(self, repo_id):
         return SimpleNamespace(private=not self.public)
@@ -232,6 +260,18 @@ def test_push_sends_the_model_and_not_the_run(tmp_path, api):
     }  # fmt: skip
 
 
+def test_push_leaves_other_weights_here(tmp_path, api):
+    """A teacher's weights beside the student may be under a licence that keeps them private."""
+    (tmp_path / "pytorch_model_teacher.bin").write_text("x")
+    (tmp_path / "start.safetensors").write_text("x")
+    out = _save("one", tmp_path, weights=("model-00001-of-00001.safetensors",))
+    push_folder(out, "org/name")
+    patterns = api.calls[-1][2]["ignore_patterns"]
+    files = [path.name for path in out.iterdir()]
+    sent = set(huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=patterns))
+    assert sent == set(files) - {"pytorch_model_teacher.bin", "start.safetensors"}
+
+
 def test_push_does_not_publish_by_accident(tmp_path, api):
     out = _save("one", tmp_path / "xmag")
     api.public = True
@@ -262,6 +302,27 @@ def test_push_without_login_says_how(tmp_path, api, monkeypatch):
         monkeypatch.setattr(api, "refusal", refusal)
         with pytest.raises(PublishError, match="org/name.*hf auth login"):
             push_folder(out, "org/name")
+
+
+class ModelsHub(loopback_hub.CommittingHub):
+    """Also says of a model's repository that it is there, and private."""
+
+    def do_GET(self) -> None:
+        name = self.path.removeprefix("/api/models/")
+        if name.count("/") != 1 or not (self.root / name).is_dir():
+            return self._refuse(404, "RepoNotFound")
+        self._answer({"id": name, "sha": loopback_hub.COMMIT, "private": True, "siblings": []})
+
+
+def test_a_name_without_organisation_is_the_users(tmp_path, monkeypatch):
+    """The real client against a Hub on 127.0.0.1, which knows the user as `lab`."""
+    monkeypatch.setenv("HF_TOKEN", "hf_nothing")
+    out = _save("one", tmp_path / "xmag")
+    with loopback_hub.serving(ModelsHub, tmp_path, monkeypatch):
+        url = push_folder(out, "my-xmag")
+    sent = {path.name: path.read_bytes() for path in (tmp_path / "hub/lab/my-xmag").iterdir()}
+    assert sent == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert url.endswith("/lab/my-xmag/commit/1")
 
 
 def test_push_when_the_hub_cannot_be_reached(tmp_path, monkeypatch):

@@ -73,6 +73,25 @@ def test_transparency_is_white_and_grey_is_rgb(tissue):
         np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
+def test_several_grey_images(tissue):
+    """As a list or with a channel axis; each row is its own image."""
+    grey = np.stack([tissue[i : i + 224, :224, 0] for i in (0, 224, 448)])
+    expected = np.stack([normalised(np.stack([image] * 3, 2)) for image in grey])
+    for images in (list(grey), grey[..., None]):
+        output = XMAGImageProcessor()(images, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_channels_first_is_torchs(tissue):
+    """As torchvision decodes: (1, H, W) grey, (3, H, W) RGB, (4, H, W) RGBA."""
+    crop = tissue[:224, :224]
+    rgba = np.concatenate([crop, np.full((224, 224, 1), 255, np.uint8)], 2)
+    for array, rgb in ((crop[..., :1], crop[..., [0, 0, 0]]), (rgba, crop)):
+        image = torch.from_numpy(array.transpose(2, 0, 1).copy())
+        output = XMAGImageProcessor()(image, return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose(output, normalised(rgb), atol=1e-5)
+
+
 @pytest.mark.parametrize("mpp", [0.5, 0.499, 0.7, 1.0, 2.0, 2.1])
 def test_mpp_resamples_the_centre_to_scale(mpp: float, tissue):
     """Against the Lanczos-3 kernel as matrices; border rows included, so neighbours count."""
@@ -135,6 +154,10 @@ def test_one_mpp_per_image_and_stretching(tissue):
         (np.zeros((224, 224, 3), np.uint16), {}, "dtype uint16"),
         (torch.zeros(3, 224, 224), {}, "dtype float32"),
         (np.zeros((224, 224, 2), np.uint8), {}, r"shape \(224, 224, 2\)"),
+        (np.zeros((3, 224, 224), np.uint8), {}, r"shape \(3, 224, 224\).*list.*transpose\(1, 2, 0"),
+        (np.zeros((4, 224, 224), np.uint8), {}, r"shape \(4, 224, 224\).*\(4, 224, 224, 1\)"),
+        (np.zeros((2, 3, 224, 224), np.uint8), {}, r"shape \(3, 224, 224\)"),
+        (torch.zeros(5, 224, 224, dtype=torch.uint8), {}, r"shape \(5, 224, 224\)"),
         (Image.new("I;16", (224, 224)), {}, "more than 8 bits"),
         (Image.new("F", (224, 224)), {}, "more than 8 bits"),
         ([], {}, "no image"),

@@ -144,6 +144,9 @@ def test_other_inputs_are_refused_unless_asked_for(tiny: XMAGModel):
         tiny(images(side=252))
     with pytest.raises(ValueError, match="250 x 250 px are not multiples of 14"):
         tiny(images(side=250), interpolate_pos_encoding=True)
+    oblong = torch.zeros(1, 3, 448, 112)  # 32 x 8 tokens: as many as a square of 16 x 16
+    with pytest.raises(ValueError, match="448 x 112 px are not square"):
+        tiny(oblong, interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\)"):
         tiny(images()[0])
     config = Dinov2Config(hidden_size=192, num_attention_heads=3, image_size=224)

@@ -97,6 +97,8 @@ def test_other_inputs_are_refused(lite: XMAGLiteModel):
     assert lite.spatial_features(output.last_hidden_state).shape == (1, 16, 1280)
     with pytest.raises(ValueError, match="multiples of 32"):
         lite(images(1, 250), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="512 x 128 px are not square"):  # 16 x 4 = 8 x 8 tokens
+        lite(torch.zeros(1, 3, 512, 128), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="no attention"):
         lite(images(1), output_attentions=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModel
 
 from xmag_hf.modeling import (
     XMAGABMILConfig,
@@ -159,6 +160,66 @@ def test_a_saved_folder_holds_all_of_it(kind: str, tmp_path: Path):
         "AutoConfig": "configuration_xmag_slide.XMAGSlideConfig",
         "AutoModel": "modeling_xmag_slide.XMAGForSlideClassification",
     }
+
+
+@pytest.mark.parametrize("placed", [{}, {"device_map": "auto"}])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_what_is_frozen_is_frozen_after_loading(kind: str, placed: dict, tmp_path: Path):
+    model = model_of(kind, frozen_stages=1).float()
+    model.save_pretrained(tmp_path)
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert set(learns.values()) == {False, True}
+    for loader in (XMAGForSlideClassification, AutoModel):
+        again = loader.from_pretrained(tmp_path, **placed)
+        assert {name: p.requires_grad for name, p in again.named_parameters()} == learns
+        assert all(torch.equal(p.cpu(), model.state_dict()[n]) for n, p in again.named_parameters())
+
+
+@pytest.mark.parametrize("wanted", ["eager", "sdpa"])
+def test_the_attention_asked_for_is_the_encoders(wanted: str, tmp_path: Path, monkeypatch):
+    """Counted where torch computes it: eager attention takes no fused kernel."""
+    calls = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    plain = model_of("tiny").float().eval()
+    plain.save_pretrained(tmp_path)
+    x = pixels(1, 2).float()
+    expected = plain(x).logits
+    assert len(calls) == 4  # one a block: without a word, the fused kernel
+    loaded = XMAGForSlideClassification.from_pretrained(tmp_path, attn_implementation=wanted)
+    turned = XMAGForSlideClassification.from_pretrained(tmp_path)
+    turned.set_attn_implementation("eager" if wanted == "sdpa" else "sdpa")
+    turned.set_attn_implementation(wanted)
+    for model in (loaded, turned):
+        calls.clear()
+        torch.testing.assert_close(model(x).logits, expected, atol=1e-5, rtol=1e-4)
+        assert len(calls) == (4 if wanted == "sdpa" else 0)
+
+
+def test_an_encoder_keeps_its_own_attention_where_none_is_asked_for():
+    encoder = XMAGConfig(hidden_size=192, num_attention_heads=3, num_hidden_layers=1)
+    encoder._attn_implementation = "eager"
+    model = XMAGForSlideClassification(XMAGSlideConfig(encoder_config=encoder))
+    assert model.encoder.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_layers_that_checkpoint_too_leave_gradients_as_they_are(kind: str):
+    x, results = pixels(1, 3), []
+    for enabled in (False, True):
+        model = model_of(kind, mean_pool=True, chunk_size=2).train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        results.append(gradients(model, model(x).logits.square().sum()))
+    assert results[0].keys() == results[1].keys() and any("encoder" in n for n in results[0])
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient, rtol=1e-10, atol=1e-14, msg=name)
 
 
 REMOTE = """

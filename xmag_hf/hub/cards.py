@@ -53,7 +53,7 @@ class CardFacts:
         patch_px: Side of the input, px.
         mpp: um/px of the input.
         teacher: Encoder id.
-        teacher_revision: Hub commit or digest.
+        teacher_revision: Digest of its weights.
         teacher_licence: As its page says; None where nobody said.
         teacher_source: Paper or page to cite.
         start: What the weights started from (`dinov2`, `imagenet`, `random`, a path or Hub id).

@@ -8,6 +8,9 @@ ones, weights of the old model that the new one does not have are removed, and `
 renamed in last. So a reader, or whoever looks after a crash, finds the old model, the new one, or
 none; never a mixture. After a crash in between, `.<name>.partial` still holds what was not yet
 moved, and saving again finishes the job.
+
+A folder without `config.json` of ours, and without such a `.<name>.partial`, is somebody else's: a
+card, a processor or weights in it are not replaced. Files that no model has are never touched.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ from xmag_hf.atomic_write import sync
 
 CONFIG = "config.json"
 CARD = "README.md"
-# What makes up a model's weights, in whatever form transformers wrote them.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+PROCESSOR = "preprocessor_config.json"
+# Under which names transformers writes and looks for weights; other weights are somebody's own.
+WEIGHTS = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-?????-of-?????.bin", "pytorch_model.bin.index.json"),
+)
 # Models on embeddings: there are no pixels to process.
 WITHOUT_PROCESSOR = ("xmag_abmil", "xmag_mean_pool")
 NOT_PUSHED = ["checkpoints/*", "*.partial/*", ".*", "*/.*", "*.h5"]
@@ -58,8 +65,8 @@ def save_folder(
         model: Saved with its code, config and weights.
         processor: Its image processor; None for a head on embeddings.
         card_text: README.md.
-        out_dir: The folder. An earlier model of ours in it is replaced; sub-folders and other files
-            stay.
+        out_dir: The folder. An earlier model of ours in it is replaced, its card included;
+            sub-folders and other files stay, other weights among them.
         extra_files: File name to text, beside the model's own files.
         replace: Allow a folder that holds something.
 
@@ -67,8 +74,9 @@ def save_folder(
         The folder.
 
     Raises:
-        PublishError: `out_dir` is a file, holds a model that is not ours, or anything at all and
-            `replace` is off; or nothing that loads was written.
+        PublishError: `out_dir` is a file, holds a model that is not ours or a card or weights
+            without one of ours, or anything at all and `replace` is off; or nothing that loads was
+            written.
         ValueError: A name in `extra_files` is a path, or one of the model's own files.
     """
     # A link to a folder is followed, so that it stays a link.
@@ -77,7 +85,7 @@ def save_folder(
     if not replace and out_dir.exists() and any(out_dir.iterdir()):
         raise PublishError(f"{out_dir}: exists already. Choose another folder, or remove it first.")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_dir.parent / f".{out_dir.name}.partial"
+    partial = _partial(out_dir)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -107,11 +115,12 @@ def push_folder(
     private: bool = True,
     revision: str | None = None,
 ) -> str:
-    """Send a saved folder to the Hub, without checkpoints, caches and hidden files.
+    """Send a saved folder to the Hub, without checkpoints, caches, hidden files and other weights.
 
     Args:
         folder: As `save_folder` wrote it.
-        repo_id: `<org>/<name>`; made if it does not exist.
+        repo_id: `<org>/<name>`, or `<name>` for the user who is logged in; made if it does not
+            exist.
         private: How the repository is made. One that exists is never made private or public by
             this; one that is public is refused unless `private=False` says that this is meant.
         revision: Branch to send to, made if it does not exist; default main.
@@ -136,6 +145,7 @@ def push_folder(
     api = HfApi()
     try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = repo.repo_id  # with the user's name, where none was given
         if private and not api.repo_info(repo_id).private:
             raise PublishError(
                 f"{repo_id} exists and is public. Make it private on "
@@ -148,7 +158,7 @@ def push_folder(
             folder_path=folder,
             revision=revision,
             commit_message="Upload model with xmag_hf",
-            ignore_patterns=NOT_PUSHED,
+            ignore_patterns=[*NOT_PUSHED, *_other_weights(folder)],
         )
     except errors.LocalTokenNotFoundError as error:
         raise PublishError(f"{repo_id}: {_log_in()}") from error
@@ -173,12 +183,28 @@ def _log_in() -> str:
     )
 
 
+def _partial(out_dir: Path) -> Path:
+    """Where a model is written before it is moved into `out_dir`."""
+    return out_dir.parent / f".{out_dir.name}.partial"
+
+
 def _refuse_foreign(out_dir: Path) -> None:
     """Refuse to overwrite what is no model of ours."""
-    if out_dir.exists() and not out_dir.is_dir():
+    if not out_dir.exists():
+        return
+    if not out_dir.is_dir():
         raise PublishError(f"{out_dir}: is a file. Give a folder as output.")
     path = out_dir / CONFIG
     if not path.is_file():
+        path = _partial(out_dir) / CONFIG  # a save that was interrupted
+    if not path.is_file():
+        names = sorted(path.name for path in out_dir.iterdir())
+        taken = [name for name in names if name in (CARD, PROCESSOR) or _is_weights(name)]
+        if taken:
+            raise PublishError(
+                f"{out_dir}: holds {', '.join(taken)} but no config.json, so no model of ours, and "
+                "nothing of it is replaced. Give another folder, or move these files away."
+            )
         return
     kind = _model_type(path)
     if not str(kind).startswith("xmag"):
@@ -209,11 +235,17 @@ def _is_weights(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
+def _other_weights(folder: Path) -> list[str]:
+    """Weights beside the model's, a teacher's perhaps: whether these may be shared, nobody said."""
+    found = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return sorted(path.name for path in found if not _is_weights(path.name))
+
+
 def _check_complete(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
-    needed = [CONFIG, "preprocessor_config.json", CARD]
+    needed = [CONFIG, PROCESSOR, CARD]
     if _model_type(folder / CONFIG) in WITHOUT_PROCESSOR:
-        needed.remove("preprocessor_config.json")
+        needed.remove(PROCESSOR)
     missing = [name for name in needed if name not in names]
     if not any(map(_is_weights, names)):
         missing.append("model.safetensors")

@@ -45,6 +45,8 @@ class XMAGSlideConfig(PreTrainedConfig):
     """
 
     model_type = "xmag_slide"
+    # Takes the attention implementation that is asked for; the heads have none to choose.
+    sub_configs = {"encoder_config": XMAGBaseConfig}  # type: ignore[assignment]
     _auto_class = "AutoConfig"
 
     def __init__(
@@ -74,7 +76,10 @@ class XMAGSlideConfig(PreTrainedConfig):
         self.frozen_stages = frozen
         self.chunk_size = check_whole("chunk_size", chunk_size)
         kwargs |= {"id2label": dict(head.id2label), "label2id": dict(head.label2id)}
+        attention = encoder._attn_implementation
         super().__init__(**kwargs)
+        if self._attn_implementation is None:  # none asked for: as the encoder was
+            encoder._attn_implementation = attention
 
     def __getattr__(self, name: str) -> Any:
         """The head's fields that say which bags it takes."""

@@ -41,6 +41,7 @@ class XMAGSlideHeadPreTrainedModel(PreTrainedModel):
     config_class = XMAGSlideHeadConfig
     base_model_prefix = "head"
     main_input_name = "features"
+    _supports_sdpa = True  # no attention among tokens: any implementation of it will do
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -87,7 +87,7 @@ class XMAGLiteModel(XMAGLitePreTrainedModel):
             output_attentions: Not available; a convolutional network has none.
             output_hidden_states: Also return the map after the stem and after each of the seven
                 stages, each (B, C, H, W).
-            interpolate_pos_encoding: Allow other sizes (multiples of 32 px). There is no position
+            interpolate_pos_encoding: Allow other squares (multiples of 32 px). There is no position
                 embedding to resample; the name is XMAGModel's, so that callers need not ask.
 
         Returns:

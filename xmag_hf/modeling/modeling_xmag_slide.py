@@ -41,6 +41,8 @@ class XMAGForSlideClassification(PreTrainedModel):
     config_class = XMAGSlideConfig
     base_model_prefix = "xmag_slide"
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True  # of each block too, within a chunk's
+    _supports_sdpa = True  # if the encoder does
     _auto_class = "AutoModel"
 
     def __init__(self, config: XMAGSlideConfig):
@@ -48,15 +50,17 @@ class XMAGForSlideClassification(PreTrainedModel):
         encoder, head = config.encoder_config, config.head_config
         self.encoder: Any = ENCODERS[encoder.model_type](encoder)  # type: ignore[arg-type]
         self.head: Any = HEADS[head.model_type](head)  # type: ignore[arg-type]
-        for module in self.frozen_modules():
-            module.requires_grad_(False)
         self.post_init()
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> XMAGForSlideClassification:
-        """Training mode for what is trained; frozen stages and every BatchNorm stay in eval."""
+        """Training mode for what is trained; frozen stages and every BatchNorm stay in eval.
+
+        Also freezes anew: from_pretrained makes parameters anew, all trained, and then calls this.
+        """
         super().train(mode)
         for module in self.frozen_modules():
-            module.eval()
+            module.eval().requires_grad_(False)
         for module in self.encoder.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
