@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     known = parser.add_argument_group("import", "what the files do not say")
     known.add_argument("--encoder", metavar="NAME", help="that made the features")
-    known.add_argument("--encoder-revision", metavar="REV", help="its commit or digest")
+    known.add_argument(
+        "--encoder-revision",
+        metavar="REV",
+        help="digest of its weights: sha256: and 16 hex digits, as in bags of `xmag embed`",
+    )
     known.add_argument("--pooling", choices=("cls", "mean", "cls+mean"))
     known.add_argument("--mpp", type=float, metavar="F", help="um/px of the patches")
     known.add_argument("--patch-px", type=int, metavar="PX", help="side of a patch, px at --mpp")

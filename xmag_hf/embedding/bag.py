@@ -38,7 +38,7 @@ class BagInfo:
 
     Attributes:
         encoder: Table id, or model_type/size.
-        encoder_revision: Hub commit, or `sha256:` and 16 hex digits of the weights.
+        encoder_revision: `sha256:` and 16 hex digits of the weights' digest.
         pooling: `cls`, `mean`, `cls+mean`, or `model` (whatever the model returns).
         precision: The encoder ran in.
         mpp: um/px of the patches.
