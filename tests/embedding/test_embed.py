@@ -65,6 +65,20 @@ def test_resized_patches_keep_their_true_scale(slide, encoder):
     assert sorted({x for x, _ in bag.coords.tolist()})[:2] == [0, 256]
 
 
+def test_the_hubs_commit_is_told_and_decides_nothing(tmp_path, slide):
+    """The same weights lie at another commit once their page is corrected."""
+    encoder = mean_colour()
+    encoder.card = dataclasses.replace(encoder.card, commit="c" * 40)
+    assert statuses(embed_slides([SlideSource(slide)], tmp_path, encoder, OPTIONS)) == {
+        slide.stem: "ok"
+    }
+    assert read_bag(tmp_path / f"{slide.stem}.h5").info.encoder_commit == "c" * 40
+    encoder.card = dataclasses.replace(encoder.card, commit="d" * 40)
+    assert statuses(embed_slides([SlideSource(slide)], tmp_path, encoder, OPTIONS)) == {
+        slide.stem: "present"
+    }
+
+
 def test_no_tissue_gives_an_empty_bag(tmp_path, encoder):
     glass = write_tiff(tmp_path / "glass.tif", [np.full((600, 600, 3), 243, np.uint8)], mpp=0.5)
     bag = embed_slide(glass, encoder, OPTIONS)

@@ -39,6 +39,8 @@ class BagInfo:
     Attributes:
         encoder: Table id, or model_type/size.
         encoder_revision: `sha256:` and 16 hex digits of the weights' digest.
+        encoder_commit: Of the Hub repository that they came from. Information only: a change of
+            its page makes another commit of the same weights.
         pooling: `cls`, `mean`, `cls+mean`, or `model` (whatever the model returns).
         precision: The encoder ran in.
         mpp: um/px of the patches.
@@ -64,6 +66,7 @@ class BagInfo:
 
     encoder: str | None = None
     encoder_revision: str | None = None
+    encoder_commit: str | None = None
     pooling: str | None = None
     precision: str | None = None
     mpp: float | None = None

@@ -98,6 +98,7 @@ def _info(plan: SlidePlan, encoder: PatchEncoder, record: SlideRecord, head: str
     return BagInfo(
         encoder=encoder.encoder.name,
         encoder_revision=encoder.encoder.revision,
+        encoder_commit=encoder.encoder.card.commit,
         pooling=encoder.pooling,
         precision=encoder.encoder.precision,
         mpp=geometry.mpp,

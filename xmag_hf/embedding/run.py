@@ -134,6 +134,7 @@ class Run:
         return {
             "encoder": encoder.name,
             "encoder_revision": encoder.revision,
+            "encoder_commit": encoder.card.commit,
             "licence": encoder.licence,
             "pooling": self.encoder.pooling,
             "device": str(encoder.device),
