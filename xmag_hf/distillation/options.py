@@ -78,7 +78,7 @@ class DistillOptions:
         "none",
         "none, mean (targets minus the mean training-teacher feature) or whiten (and PCA-whitened, "
         "since a few directions carry most of the variance); needs --cache-teacher; mean helped "
-        "local features in one screening, whiten did not (docs/results.md)",
+        "alignment, and no yardstick (docs/results.md); whiten did not",
         choices=TARGET_CENTERINGS,
     )
     ema_decay: float = _option(
