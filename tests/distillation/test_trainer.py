@@ -119,19 +119,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     expected = distill(whole, quiet=True)
 
     cut = options(output_dir=str(tmp_path / "cut"), **same)
-    real = trainer._step
-    calls = []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 6:  # step 6: after the checkpoint of step 4 and the line of step 5
-            raise RuntimeError("power cut")
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        distill(cut, quiet=True)
-    monkeypatch.setattr(trainer, "_step", real)
+    # After the checkpoint of step 4 and the line of step 5.
+    _distill_until_step_6(cut, monkeypatch)
     assert [line["step"] for line in _lines(cut)] == [1, 2, 3, 4, 5]
     resumed = distill(cut, quiet=True)
     assert _curve(cut) == _curve(whole)
@@ -142,6 +131,22 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert expected is not None and resumed is not None
     for name, value in expected.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[name]), name
+
+
+def _distill_until_step_6(options: DistillOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distil until the power goes in step 6."""
+    real, calls = trainer._step, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise RuntimeError("power cut")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_step", dies)
+        with pytest.raises(RuntimeError, match="power cut"):
+            distill(options, quiet=True)
 
 
 def test_a_line_of_the_log_does_not_tell_that_a_checkpoint_cut_it(
@@ -158,18 +163,7 @@ def test_a_line_of_the_log_does_not_tell_that_a_checkpoint_cut_it(
     means = [sum(losses[:3]) / 3, sum(losses[3:6]) / 3, losses[6]]
     assert [line["loss"] for line in _lines(whole)] == pytest.approx(means, abs=1e-6)
 
-    real, calls = trainer._step, []
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise RuntimeError("power cut")
-        return real(*args)
-
-    monkeypatch.setattr(trainer, "_step", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        distill(cut, quiet=True)
-    monkeypatch.setattr(trainer, "_step", real)
+    _distill_until_step_6(cut, monkeypatch)
     distill(cut, quiet=True)
     assert _curve(cut) == _curve(whole)
 
