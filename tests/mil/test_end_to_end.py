@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from xmag_hf.embedding import EmbedOptions, SlideSource, embed_slide
@@ -201,6 +202,20 @@ def test_a_finished_study_is_read_and_another_is_refused(
         end_to_end(sources(slides), options(slides, encoder, out, labels=str(renamed)), READING)
     record = json.loads((result.trained[0].folder / "fold.json").read_text())["run"]
     assert record["precision"] == "no"  # what "auto" meant here: on a GPU this is another run
+
+
+def test_a_study_does_not_go_on_in_another_precision(
+    finished, slides: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same options: `auto` is what the launcher was told, and that has changed."""
+    out, _, _ = finished
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        with pytest.raises(MILError, match="precision: no then, bf16 now"):
+            end_to_end(sources(slides), options(slides, encoder, out), READING)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_slides_that_cannot_be_used_are_left_out_and_told(

@@ -314,6 +314,31 @@ def test_command_embeds_a_plain_image_as_told(embedded: Path, cmu_pixels, capsys
     assert (embedded / "maps" / "image.png").is_file()
 
 
+def test_command_opens_a_plain_image_with_a_bag_from_elsewhere(embedded: Path, capsys) -> None:
+    """A bag that knows no um/px of level 0, but its patches' width; the image knows none either."""
+    bag = read_bag(embedded / "bags" / "tissue.h5")
+    with open_slide(embedded / "slides" / "tissue.tif") as slide:
+        width, height = slide.size_level0
+        pixels = slide.read_stored(0, (0, 0), (width, height))
+    Image.fromarray(pixels).save(embedded / "scan.png")
+    side = bag.info.width_level0
+    unknown = {"mpp0": None, "slide_sha256_head": None, "patch_size_level0": side}
+    info = dataclasses.replace(bag.info, **unknown)
+    write_bag(embedded / "bags" / "scan.h5", dataclasses.replace(bag, slide_id="scan", info=info))
+    command = ["heatmap", str(embedded / "scan.png"), "--head", str(embedded / "head")]
+    command += ["--bags", str(embedded / "bags"), "--out", str(embedded / "maps"), "--quiet"]
+    assert main(command) == 1
+    assert "--slide-mpp" in capsys.readouterr().out
+    assert main([*command, "--slide-mpp", "0.5"]) == 0
+    assert run_heatmap(embedded, "--bags", str(embedded / "bags")) == 0
+    ours, theirs = (
+        json.loads((embedded / "maps" / f"{name}.geojson").read_text())["features"]
+        for name in ("scan", "tissue")
+    )
+    places = [[f["geometry"]["coordinates"] for f in features] for features in (ours, theirs)]
+    assert places[0] == places[1]
+
+
 def test_a_bag_of_another_file_or_encoder_fails_alone(embedded: Path, capsys, cmu_pixels) -> None:
     write_tiff(embedded / "slides" / "twin.tif", [cmu_pixels[100:1100, 700:1800]], mpp=0.5)
     twin = embedded / "bags" / "twin.h5"
