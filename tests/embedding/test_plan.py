@@ -11,7 +11,7 @@ from tiled_tiff import write_tiff
 
 from xmag_hf.embedding.annotation import AnnotationError, annotated_tissue
 from xmag_hf.embedding.options import EmbedError, EmbedOptions
-from xmag_hf.embedding.plan import Overview, patch_geometry, plan_slide
+from xmag_hf.embedding.plan import Overview, no_tissue_reason, patch_geometry, plan_slide
 from xmag_hf.embedding.preview import (
     GRID,
     LINE_PX,
@@ -137,6 +137,23 @@ def test_a_preview_of_patches_smaller_than_its_pixels(tmp_path, tissue):
     assert [200, 200] in made.coords.tolist()
     draw_preview(made)
     draw_preview(plan(path, patch_px=2, **options))
+
+
+def test_colours_that_were_left_out_are_told(tmp_path, tissue, caplog):
+    """DAB beside H&E has the hue of red ink, Masson's blue that of blue ink."""
+    dab = np.concatenate([tissue, np.full_like(tissue, (140, 80, 35))], axis=1)
+    half = dab.shape[1] // 2
+    masson = np.full((1000, 1000, 3), 243, np.uint8)
+    masson[100:900, 100:900] = (120, 150, 200)
+    plans = {}
+    for name, pixels in (("he", tissue), ("dab", dab), ("masson", masson)):
+        with caplog.at_level(logging.WARNING):
+            plans[name] = plan(write_tiff(tmp_path / f"{name}.tif", [pixels], mpp=0.5))
+    assert plans["dab"].coords[:, 0].max() < half and len(plans["masson"].coords) == 0
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith("dab: ") and "--tissue-geojson" in message
+    assert "masson: " in (said := no_tissue_reason(plans["masson"])) and "100% of its col" in said
+    assert "--tissue-geojson" in said
 
 
 def square(x0, y0, x1, y1):

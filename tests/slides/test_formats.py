@@ -118,18 +118,38 @@ def write_ome(path: Path, pixels: np.ndarray, size: float, unit: str, **how: obj
 
 
 @pytest.mark.parametrize(("size", "unit"), [(0.5, "µm"), (500.0, "nm"), (5e-4, "mm")])
-@pytest.mark.parametrize("how", [TILED, {"compression": "zlib"}], ids=["openslide", "tifffile"])
+@pytest.mark.parametrize("how", [TILED, {"compression": "zlib"}], ids=["tiles", "strips"])
 def test_ome_tiff_has_its_own_scale(tmp_path, pixels, size, unit, how):
     """Written by tifffile without resolution tags: only the XML knows."""
     path = write_ome(tmp_path / "a.ome.tif", pixels, size, unit, **how)
     with open_slide(path) as slide:
         assert slide.mpp0 == pytest.approx(0.5, rel=1e-9)
         assert slide.mpp_source == "ome"
-        if slide.vendor == "tifffile":  # OpenSlide sees no SubIFDs
-            assert slide.level_sizes == ((900, 700), (225, 175))
-            level = pixels[::4, ::4]
-            expected = expected_region(level, 4, (101, 203), (40, 30), 2.9, 0.5)
-            assert np.abs(slide.read_region((101, 203), (40, 30), 2.9) - expected).max() <= 1
+        assert slide.level_sizes == ((900, 700), (225, 175))  # OpenSlide sees no SubIFDs
+        level = pixels[::4, ::4]
+        expected = expected_region(level, 4, (101, 203), (40, 30), 2.9, 0.5)
+        assert np.abs(slide.read_region((101, 203), (40, 30), 2.9) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["tiles", "strips"])
+def test_of_several_ome_images_the_largest_is_the_slide(tmp_path, pixels, how):
+    """A label comes first; each image has a scale of its own."""
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for image, size in ((pixels[:300, :400], 2.0), (pixels, 0.25)):
+            physical = {"PhysicalSizeX": size, "PhysicalSizeY": size}
+            file.write(image, photometric="rgb", metadata={"axes": "YXS"} | physical, **how)
+    with open_slide(path) as slide:
+        assert (slide.size_level0, slide.mpp0, slide.mpp_source) == ((900, 700), 0.25, "ome")
+        assert (slide.read_region((0, 0), (900, 700), 0.25) == pixels).all()
+
+
+def test_one_ome_image_of_tiles_needs_no_other_reader(tmp_path, pixels):
+    path = tmp_path / "a.ome.tif"
+    physical = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    tifffile.imwrite(path, pixels, photometric="rgb", ome=True, metadata=physical, **TILED)
+    with open_slide(path) as slide:
+        assert (slide.vendor, slide.mpp0) == ("generic-tiff", 0.25)
 
 
 OME = '<OME xmlns="http://www.openmicroscopy.org"><Image><Pixels {}/></Image></OME>'
@@ -139,6 +159,13 @@ OME = '<OME xmlns="http://www.openmicroscopy.org"><Image><Pixels {}/></Image></O
     ("description", "expected"),
     [
         (OME.format('PhysicalSizeX="0.25" PhysicalSizeY="0.26"'), (0.25, 0.26)),  # um by default
+        (
+            OME.format(
+                'PhysicalSizeX="250" PhysicalSizeXUnit="n&#109;" PhysicalSizeY="0.25" '
+                'PhysicalSizeYUnit="&#181;m"'  # as ElementTree writes it
+            ),
+            (0.25, 0.25),
+        ),
         (OME.format('PhysicalSizeX="1" PhysicalSizeXUnit="pixel" PhysicalSizeY="1"'), None),
         (OME.format('SizeX="20"'), None),
         (OME.format('PhysicalSizeX="0,25" PhysicalSizeY="0,25"'), None),
@@ -147,7 +174,7 @@ OME = '<OME xmlns="http://www.openmicroscopy.org"><Image><Pixels {}/></Image></O
     ],
 )
 def test_scale_of_ome_xml(description, expected):
-    assert ome_mpp(description) == expected
+    assert ome_mpp(description, (20, 20)) == (expected and pytest.approx(expected, rel=1e-12))
 
 
 @pytest.mark.parametrize("how", [TILED, {"rowsperstrip": 16}], ids=["openslide", "tifffile"])
@@ -251,9 +278,35 @@ def test_what_makes_no_picture_is_refused(tmp_path, pixels, monkeypatch):
     channels = np.moveaxis(pixels, 2, 0)
     refused("on 3 pages", channels, photometric="minisblack", **strips,
             metadata={"axes": "CYX"}, ome=True)  # fmt: skip
+    refused("on 3 pages", channels, photometric="minisblack", **TILED,
+            metadata={"axes": "CYX"}, ome=True)  # fmt: skip
     monkeypatch.setattr("xmag_hf.slides.tiff.MAX_SEGMENT_BYTES", 1_000_000)
     refused("pieces of 1,890,000 bytes", pixels, photometric="rgb", compression="zlib",
             rowsperstrip=700)  # fmt: skip
+
+
+def test_several_pages_of_one_size_are_refused(tmp_path, pixels):
+    """OpenSlide would show the first of them; a smaller one beside it is an overview."""
+    path = tmp_path / "planes.tif"
+    with tifffile.TiffWriter(path) as file:
+        for plane in (pixels, pixels[::-1], pixels[::4, ::4]):
+            file.write(plane, photometric="rgb", **SCALE, **TILED)
+    with pytest.raises(SlideOpenError, match="planes.tif holds 2 pages of one size"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("how", [TILED | {"byteorder": ">"}, {"rowsperstrip": 16}])
+def test_a_fourth_sample_of_no_stated_meaning_is_not_shown(tmp_path, pixels, how):
+    path = tmp_path / "a.tif"
+    four = np.dstack([pixels, np.full(pixels.shape[:2], 7, np.uint8)])
+    tifffile.imwrite(path, four, photometric="rgb", extrasamples=["unspecified"], **SCALE, **how)
+    with tifffile.TiffFile(path) as file:
+        at, order = file.pages[0].tags["ExtraSamples"].offset, file.byteorder
+    content = bytearray(path.read_bytes())
+    content[at : at + 2] = struct.pack(order + "H", 337)  # now some other tag
+    path.write_bytes(content)
+    with open_slide(path) as slide:
+        assert (slide.read_region((0, 0), (900, 700), 0.5) == pixels).all()
 
 
 def test_without_tifffile_it_says_what_to_install(tmp_path, pixels, monkeypatch):

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy.signal import lfilter
 
 from .errors import SlideOpenError, SlideReadError, SlideScaleError
-from .tiff import TiffHandle, check_tiles, is_tiff, ome_mpp, open_tiff
+from .tiff import TiffHandle, check_tiles, count_directories, is_ome, is_tiff, ome_mpp, open_tiff
 
 MPP_RANGE = (0.05, 20.0)  # um/px; outside it a number in a header is not a microscope's scale
 MAX_ANISOTROPY = 0.05  # x and y may differ by this share of the smaller one
@@ -45,6 +45,7 @@ THUMBNAIL_LEAST_BLOCK_PX = 16  # blocks around damage are not cut smaller than t
 # Nor at all after this many: each costs another opening of the file, and a slide without any
 # readable tile would take hours.
 THUMBNAIL_MOST_FAILURES = 400
+PLAIN_TIFF = "generic-tiff"  # OpenSlide's name for a TIFF of no vendor
 TIFF_UNIT_UM = {"inch": 25_400.0, "centimeter": 10_000.0}
 
 
@@ -85,8 +86,8 @@ class Slide:
         properties = {name: value for name, value in found.items() if value is not None}
         self.vendor = properties.get("openslide.vendor", "")
         self.objective = properties.get("openslide.objective-power", "")
-        self.mpp0, self.mpp_source = _resolve_mpp(slide_id, properties, mpp)
         self.size_level0: tuple[int, int] = handle.dimensions
+        self.mpp0, self.mpp_source = _resolve_mpp(slide_id, properties, self.size_level0, mpp)
         self._check_area()
         self.level_sizes: tuple[tuple[int, int], ...] = handle.level_dimensions
         self._openslide_downsamples: tuple[float, ...] = handle.level_downsamples
@@ -476,6 +477,20 @@ def _opened(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
     try:
         check_tiles(path)
         handle = openslide.OpenSlide(path)
+        if handle.properties.get("openslide.vendor") == PLAIN_TIFF:
+            directories, full_size = count_directories(path)
+            # Of a plain TIFF OpenSlide takes the first directory and what is reduced beside it: in
+            # OME-TIFF that may be a label, one channel, or a pyramid without its levels.
+            if directories > 1 and is_ome(handle.properties.get("tiff.ImageDescription", "")):
+                handle.close()
+                return open_tiff(path, slide_id)
+            if full_size > 1:
+                handle.close()
+                raise SlideOpenError(
+                    f"{slide_id}: {path} holds {full_size} pages of one size (channels, focal "
+                    "planes or several images), of which one would be taken. Save the one that is "
+                    "meant as a TIFF of its own."
+                )
         handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
         return handle
     except ValueError as error:
@@ -499,12 +514,12 @@ def _opened(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
 
 
 def _resolve_mpp(
-    slide_id: str, properties: Mapping[str, str], given: float | None
+    slide_id: str, properties: Mapping[str, str], size: tuple[int, int], given: float | None
 ) -> tuple[float, str]:
-    """(um/px of level 0, where it is from)."""
+    """(um/px of level 0, where it is from); `size` is (width, height) of level 0, px."""
     if given is not None:
         return _plausible_mpp(slide_id, given, given, "given"), "given"
-    ome = ome_mpp(properties.get("tiff.ImageDescription", ""))
+    ome = ome_mpp(properties.get("tiff.ImageDescription", ""), size)
     if ome is not None:
         return _plausible_mpp(slide_id, *ome, "OME PhysicalSizeX, -Y"), "ome"
     texts = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]

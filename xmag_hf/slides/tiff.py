@@ -7,6 +7,7 @@ met.
 
 from __future__ import annotations
 
+import html
 import io
 import itertools
 import math
@@ -31,8 +32,9 @@ MAX_SEGMENT_BYTES = 512_000_000  # decoded: larger strips are refused
 PIXELS_ELEMENT = re.compile(r"<(?:\w+:)?Pixels\b([^>]*)>")
 ATTRIBUTE = re.compile(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']")
 RESOLUTION_UNITS = {2: "inch", 3: "centimeter"}
-TILE_SIDES, TILE_BYTES = (322, 323), 325  # tags
-NUMBERS = {3: "u2", 4: "u4", 16: "u8"}  # types of tags: SHORT, LONG, LONG8
+TILE_SIDES, TILE_BYTES, IMAGE_SIDES, SUB_DIRECTORIES = (322, 323), 325, (256, 257), 330  # tags
+WANTED_TAGS = (*IMAGE_SIDES, *TILE_SIDES, TILE_BYTES, SUB_DIRECTORIES)
+NUMBERS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # types of tags: SHORT, LONG, IFD, ...
 MAX_TILES = 100_000_000
 MAX_TILE_PX = 1 << 26  # 8,192 px a side
 MAX_DIRECTORIES = 10_000
@@ -77,7 +79,7 @@ class TiffHandle:
         self.level_downsamples = tuple(
             float(max(1, round(max(self.dimensions) / max(size)))) for size in self.level_dimensions
         )
-        self.properties = _properties(self._pages[0])
+        self.properties = _properties(self._pages[0], self._file.pages[0].description)
         self._cache: OrderedDict[tuple[int, int], np.ndarray | None] = OrderedDict()
         self._cached_bytes = 0
 
@@ -223,8 +225,21 @@ def check_tiles(path: Path) -> None:
                 )
 
 
+def count_directories(path: Path) -> tuple[int, int]:
+    """Of a TIFF: (all directories, sub-directories included, those as large as the first).
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb") as file:
+        found = list(_directories(file))
+    sizes = [[tags[tag].tolist() for tag in IMAGE_SIDES] for tags in found]
+    below = sum(len(tags[SUB_DIRECTORIES]) for tags in found)
+    return len(found) + below, sum(size == sizes[0] for size in sizes)
+
+
 def _directories(file: BinaryIO) -> Iterator[dict[int, np.ndarray]]:
-    """Tile sizes and lengths in each directory of a TIFF, empty where not given.
+    """`WANTED_TAGS` of each directory of a TIFF, empty where not given.
 
     Stops at damage, of which OpenSlide complains itself.
 
@@ -261,7 +276,7 @@ def _directories(file: BinaryIO) -> Iterator[dict[int, np.ndarray]]:
                 break
             table = np.frombuffer(file.read(number * entry.itemsize), entry, number)
             behind = file.tell()
-            tags = dict.fromkeys((*TILE_SIDES, TILE_BYTES), np.zeros(0, np.uint64))
+            tags = dict.fromkeys(WANTED_TAGS, np.zeros(0, np.uint64))
             for tag, kind, n, field in table[np.isin(table["tag"], list(tags))].tolist():
                 if kind not in NUMBERS:
                     continue
@@ -304,23 +319,35 @@ def _is_ndpi(file: BinaryIO, order: str, end: int) -> bool:
     return NDPI_TAG in words[::6]
 
 
-def ome_mpp(description: str) -> tuple[float, float] | None:
-    """um/px (x, y) of the first image of an OME-XML text; None if it says none.
+def ome_mpp(description: str, size: tuple[int, int]) -> tuple[float, float] | None:
+    """um/px (x, y) of one image of an OME-XML text; None if it says none.
 
-    PhysicalSizeX and -Y of the first Pixels element, in its unit (um if it names none).
+    PhysicalSizeX and -Y of the Pixels element, in its unit (um if it names none).
+
+    Args:
+        description: The first page's.
+        size: (width, height) of the image, px. Of several images the first of this size is meant;
+            if there is but one, it is.
     """
-    pixels = PIXELS_ELEMENT.search(description) if "<OME" in description[:2000] else None
-    if pixels is None:
-        return None
-    said = dict(ATTRIBUTE.findall(pixels[1]))
+    found = PIXELS_ELEMENT.findall(description) if is_ome(description) else []
+    images = [{k: html.unescape(v) for k, v in ATTRIBUTE.findall(text)} for text in found]
+    if len(images) > 1:
+        wanted = {"SizeX": str(size[0]), "SizeY": str(size[1])}
+        images = [image for image in images if wanted.items() <= image.items()]
     try:
         x, y = (
-            float(said[f"PhysicalSize{axis}"]) * UNIT_UM[said.get(f"PhysicalSize{axis}Unit", "µm")]
+            float(images[0][f"PhysicalSize{axis}"])
+            * UNIT_UM[images[0].get(f"PhysicalSize{axis}Unit", "µm")]
             for axis in "XY"
         )
-    except (KeyError, ValueError):
+    except (IndexError, KeyError, ValueError):
         return None
     return x, y
+
+
+def is_ome(description: str) -> bool:
+    """Whether a TIFF's description is OME-XML."""
+    return "<OME" in description[:2000]
 
 
 def _area(series: Any) -> int:
@@ -407,7 +434,8 @@ def _rgba(pixels: np.ndarray, page: Any) -> np.ndarray:
         size = (pixels.shape[1], pixels.shape[0])
         pixels = np.asarray(Image.frombytes("YCbCr", size, pixels.tobytes()).convert("RGB"))
     out = np.full((*pixels.shape[:2], 4), 255, np.uint8)
-    alpha = pixels.shape[2] == 4 and page.extrasamples[0] in (1, 2)
+    # Some writers leave the tag out, and so what the fourth sample is.
+    alpha = pixels.shape[2] == 4 and page.extrasamples[:1] in ((1,), (2,))
     colours = pixels.shape[2] if alpha else min(pixels.shape[2], 3)
     out[..., : max(3, colours)] = pixels[..., :colours]
     if alpha and page.extrasamples[0] == 1:  # premultiplied
@@ -424,8 +452,9 @@ def _grid(
     )
 
 
-def _properties(page: Any) -> dict[str, str]:
-    properties = {"openslide.vendor": VENDOR, "tiff.ImageDescription": page.description}
+def _properties(page: Any, description: str) -> dict[str, str]:
+    """OpenSlide's, of a page; the description is the first page's, where OME-XML lies."""
+    properties = {"openslide.vendor": VENDOR, "tiff.ImageDescription": description}
     unit = RESOLUTION_UNITS.get(int(page.tags.valueof("ResolutionUnit", default=2)))
     if unit is not None:
         properties["tiff.ResolutionUnit"] = unit
