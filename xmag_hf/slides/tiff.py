@@ -79,7 +79,7 @@ class TiffHandle:
         self.level_downsamples = tuple(
             float(max(1, round(max(self.dimensions) / max(size)))) for size in self.level_dimensions
         )
-        self.properties = _properties(self._pages[0], self._file.pages[0].description)
+        self.properties = _properties(self._pages[0], self._file.pages.first.description)
         self._cache: OrderedDict[tuple[int, int], np.ndarray | None] = OrderedDict()
         self._cached_bytes = 0
 
