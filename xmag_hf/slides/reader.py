@@ -20,10 +20,9 @@ from PIL import Image
 from scipy.signal import lfilter
 
 from .errors import SlideOpenError, SlideReadError, SlideScaleError
-from .tiff import TiffHandle, check_tiles, count_directories, is_ome, is_tiff, ome_mpp, open_tiff
+from .scale import number, resolve_mpp
+from .tiff import TiffHandle, check_tiles, count_directories, is_ome, is_tiff, open_tiff
 
-MPP_RANGE = (0.05, 20.0)  # um/px; outside it a number in a header is not a microscope's scale
-MAX_ANISOTROPY = 0.05  # x and y may differ by this share of the smaller one
 # Largest glass is about 100 mm x 150 mm. A header that says more is damaged (or its um/px wrong),
 # and an overview of it might take all memory there is.
 MAX_AREA_MM2 = 20_000.0
@@ -46,7 +45,6 @@ THUMBNAIL_LEAST_BLOCK_PX = 16  # blocks around damage are not cut smaller than t
 # readable tile would take hours.
 THUMBNAIL_MOST_FAILURES = 400
 PLAIN_TIFF = "generic-tiff"  # OpenSlide's name for a TIFF of no vendor
-TIFF_UNIT_UM = {"inch": 25_400.0, "centimeter": 10_000.0}
 
 
 class Slide:
@@ -87,7 +85,7 @@ class Slide:
         self.vendor = properties.get("openslide.vendor", "")
         self.objective = properties.get("openslide.objective-power", "")
         self.size_level0: tuple[int, int] = handle.dimensions
-        self.mpp0, self.mpp_source = _resolve_mpp(slide_id, properties, self.size_level0, mpp)
+        self.mpp0, self.mpp_source = resolve_mpp(slide_id, properties, self.size_level0, mpp)
         self._check_area()
         self.level_sizes: tuple[tuple[int, int], ...] = handle.level_dimensions
         self._openslide_downsamples: tuple[float, ...] = handle.level_downsamples
@@ -513,58 +511,6 @@ def _opened(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
         ) from error
 
 
-def _resolve_mpp(
-    slide_id: str, properties: Mapping[str, str], size: tuple[int, int], given: float | None
-) -> tuple[float, str]:
-    """(um/px of level 0, where it is from); `size` is (width, height) of level 0, px."""
-    if given is not None:
-        return _plausible_mpp(slide_id, given, given, "given"), "given"
-    ome = ome_mpp(properties.get("tiff.ImageDescription", ""), size)
-    if ome is not None:
-        return _plausible_mpp(slide_id, *ome, "OME PhysicalSizeX, -Y"), "ome"
-    texts = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-    if texts[0] is not None and texts[1] is not None:
-        x, y = (_number(text) for text in texts)
-        return _plausible_mpp(slide_id, x, y, "openslide.mpp-x, -y"), "openslide"
-    unit = TIFF_UNIT_UM.get(properties.get("tiff.ResolutionUnit", ""))
-    tags = [_number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY"]
-    if unit is not None and all(tag > 0 for tag in tags):
-        x, y = (unit / tag for tag in tags)
-        return _plausible_mpp(slide_id, x, y, "TIFF resolution tags"), "tiff"
-    raise SlideScaleError(
-        f"{slide_id}: the file does not say its um/px (no openslide.mpp-x, no TIFF resolution; "
-        f"objective power {properties.get('openslide.objective-power', '(not given)')} is no "
-        "scale). Give it in a column mpp of the slide CSV, as --slide-mpp (xmag corpus: --mpp), or "
-        "as mpp=."
-    )
-
-
-def _plausible_mpp(slide_id: str, x: float, y: float, source: str) -> float:
-    low, high = MPP_RANGE
-    remedy = (
-        "Give the right one with --mpp (corpus), --slide-mpp (embed, info), mpp=, or an mpp column "
-        "in the slide CSV."
-    )
-    if not (low <= x <= high and low <= y <= high):
-        raise SlideScaleError(
-            f"{slide_id}: mpp {x:g} x {y:g} um/px ({source}) is outside {low} to {high}. {remedy}"
-        )
-    if max(x, y) > min(x, y) * (1 + MAX_ANISOTROPY):
-        raise SlideScaleError(
-            f"{slide_id}: mpp {x:g} x {y:g} um/px ({source}) differ by more than "
-            f"{MAX_ANISOTROPY:.0%}. {remedy}"
-        )
-    return (x + y) / 2
-
-
-def _number(text: str | None) -> float:
-    """A header's number, NaN when there is none (NaN fails every comparison)."""
-    try:
-        return float(text) if text is not None else math.nan
-    except ValueError:
-        return math.nan
-
-
 def _level_scale(size0: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
     """Level-0 px per px of a level, (x, y).
 
@@ -582,11 +528,11 @@ def _bounds(
     properties: Mapping[str, str], size: tuple[int, int]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(start, end) of the scanned area, level-0 px, clipped to the slide."""
-    start = [_number(properties.get(f"openslide.bounds-{axis}")) for axis in "xy"]
+    start = [number(properties.get(f"openslide.bounds-{axis}")) for axis in "xy"]
     if any(math.isnan(v) for v in start):
         return (0, 0), size
     x, y = (min(max(0, int(v)), n) for v, n in zip(start, size, strict=True))
-    spans = [_number(properties.get(f"openslide.bounds-{name}")) for name in ("width", "height")]
+    spans = [number(properties.get(f"openslide.bounds-{name}")) for name in ("width", "height")]
     end_x, end_y = (
         n if math.isnan(span) else min(n, at + int(span))
         for span, at, n in zip(spans, (x, y), size, strict=True)
