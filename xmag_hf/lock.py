@@ -77,12 +77,13 @@ def acquire(path: Path) -> SlideLock | None:
 
 
 @contextmanager
-def only_writer(out: Path, refusal: type[Exception]) -> Iterator[None]:
+def only_writer(out: Path, refusal: type[Exception], option: str = "--out") -> Iterator[None]:
     """Hold `OUT.lock` while a report is made; it lies beside the folder, which need not be there.
 
     Args:
         out: Of the report, absolute.
         refusal: Raised while another process has the lock; its message names that process.
+        option: That names `out`, for the message.
 
     Raises:
         OSError: The folder above cannot be written.
@@ -92,9 +93,9 @@ def only_writer(out: Path, refusal: type[Exception]) -> Iterator[None]:
     lock = acquire(path)
     if lock is None:
         raise refusal(
-            f"--out {out}: {describe_holder(path)} is working on it ({path.name}). Wait for it "
+            f"{option} {out}: {describe_holder(path)} is working on it ({path.name}). Wait for it "
             "(two minutes, if it was killed on another machine) and run the same command again, or "
-            "choose another --out."
+            f"choose another {option}."
         )
     try:
         yield

@@ -120,6 +120,25 @@ def test_a_csv_for_other_slides_is_refused(tmp_path: Path) -> None:
         with_csv_metadata([SlideRow(tmp_path / "mine.svs")], tmp_path / "slides.csv")
 
 
+def test_slides_without_a_line_are_named(tmp_path: Path, caplog) -> None:
+    """P1_B is misspelt: unsaid, it would be a patient of its own on the other side of a split."""
+    slides = [SlideRow(tmp_path / f"{name}.svs") for name in ("P1_A", "P1_B", "P2_A")]
+    csv = tmp_path / "slides.csv"
+    csv.write_text("slide_id,patient_id\nP1_A,P1\nP1-B,P1\nP2_A,P2\n")
+    rows = with_csv_metadata(slides, csv)
+    assert [row.patient_id for row in rows] == ["P1", "P1_B", "P2"]
+    (said,) = caplog.messages
+    assert str(csv) in said and "no line for 1 of 3 slides (P1_B)" in said
+    assert "1 lines are for no slide here (P1-B)" in said
+    caplog.clear()
+    with_csv_metadata([slides[0], slides[2]], csv)  # a glob that takes some of the slides
+    assert not caplog.messages
+    many = [SlideRow(tmp_path / f"s{number}.svs") for number in range(7)]
+    with_csv_metadata([slides[0], *many], csv)
+    assert "no line for 7 of 8 slides (s0, s1, s2, s3, s4, ...)" in caplog.text
+    assert "2 lines are for no slide here (P1-B, P2_A)" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def dicoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A slide of three files in `case`; in `flat` two slides of two, one of one, and a TIFF."""

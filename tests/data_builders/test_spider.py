@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -37,7 +38,13 @@ from xmag_hf.data_builders.spider import Spider, build_spider
 from xmag_hf.data_builders.spider_records import (
     CLASSES as KNOWN_CLASSES,
 )
-from xmag_hf.data_builders.spider_records import mirror_missing, read_records, validation_slides
+from xmag_hf.data_builders.spider_records import (
+    locate,
+    make_rows,
+    mirror_missing,
+    read_records,
+    validation_slides,
+)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +227,44 @@ def test_images_that_cannot_be_had_are_reported(tmp_path, copy, built, cmu_pixel
     assert "4_4 slide_3_5_5.png: does not decode" in said
     assert len(summary.problems) == 7
     assert centre.name in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_disk_that_fails_stops_the_run_which_goes_on_later(tmp_path, root, monkeypatch):
+    """EIO from one read on; with it the remaining records were once left out and all was done."""
+    reads, plain = [], Path.read_bytes
+
+    def read_bytes(path):
+        reads.append(path)
+        if path.suffix == ".png" and len(reads) > 60:
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(path)
+
+    source = find_source("colorectal", root)
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "read_bytes", read_bytes)
+        with pytest.raises(SpiderError, match=r"record \d+ .slide_\d.*png: .*Input/output.*again"):
+            build_spider(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not build_spider(source, tmp_path / "out").problems
+
+
+def test_a_source_that_becomes_shorter_stops_the_run(tmp_path, root):
+    """It says to leave the source alone, and no record is left out for it."""
+    content = tar_of(root)
+    write_parts(tmp_path, content, [len(content) // 2])
+    source = find_source("colorectal", tmp_path).open()
+    tasks = [locate(source, record) for record in _records(source)]
+    with source.reader.paths[1].open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(SpiderError, match="has become shorter while it was read"):
+        make_rows(source.reader, tasks, "white")
+    source.reader.paths[1].unlink()  # a share that is gone
+    with pytest.raises(SpiderError, match="No such file.*Run the same command again"):
+        make_rows(source.reader, tasks, "white")
+
+
+def _records(source):
+    return read_records("colorectal", source.metadata, SpiderOptions()).records
 
 
 def _changed(index: int = 3, **changes) -> list[dict]:

@@ -69,11 +69,11 @@ def use_teacher(monkeypatch: pytest.MonkeyPatch, teacher: MeanColour) -> MeanCol
 
     monkeypatch.setattr("xmag_hf.distillation.teacher.load_encoder", load)
     monkeypatch.setattr("xmag_hf.distillation.teacher.check_encoder", check)
-    monkeypatch.setattr("xmag_hf.distillation.trainer.build_student", _narrow_student)
+    monkeypatch.setattr("xmag_hf.distillation.trainer.build_student", narrow_student)
     return teacher
 
 
-def _narrow_student(size: str, init: str | None, *, drop_path_rate: float) -> XMAGModel:
+def narrow_student(size: str, init: str | None, *, drop_path_rate: float) -> XMAGModel:
     narrow = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     return XMAGModel(XMAGConfig(**narrow, drop_path_rate=drop_path_rate))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +52,47 @@ torch.save({"rows": rows, "losses": losses, "weights": weights}, f"{out}/{world}
 """
 
 
+# NAMES of runs; `cut` ends in its step 6 as when the power goes, without a word to anybody.
+RESUMED = """
+import dataclasses, os, sys
+from pathlib import Path
+import torch
+from conftest import MeanColour, narrow_student
+from xmag_hf.distillation import teacher, trainer
+from xmag_hf.distillation.options import DistillOptions
+from xmag_hf.encoders import ENCODERS
+
+data, out, *names = sys.argv[1:]
+card = dataclasses.replace(ENCODERS["efficientnet-lite0"], name="mean-colour", revision="sha256:0")
+teacher.check_encoder = lambda name: card
+teacher.load_encoder = lambda *args, **kwargs: MeanColour()
+trainer.build_student = narrow_student
+step, steps = trainer._step, []
+
+def dies(*args):
+    steps.append(1)
+    if len(steps) == 6:
+        os._exit(3)
+    return step(*args)
+
+for name in names:
+    trainer._step = dies if name == "cut" else step
+    folder = Path(out, name.removesuffix(" again"))
+    options = DistillOptions(
+        data=data, output_dir=str(folder), student="tiny", batch_size=4, max_steps=7, num_workers=0,
+        checkpoint_steps=2, log_steps=3, drop_path_rate=0.2)
+    result = trainer.distill(options, quiet=True)
+    if os.environ["RANK"] == "0":
+        torch.save(result.student.state_dict(), folder / "student.pt")
+"""
+
+
 def _torchrun(processes: int, command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*launch, f"--nproc_per_node={processes}", *command],
         cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},  # for conftest
         capture_output=True,
         text=True,
         timeout=300,
@@ -76,6 +113,34 @@ def test_two_processes_equal_one(pair_corpus: Path, tmp_path: Path) -> None:
         assert torch.equal(value, b["weights"][name]), name
         if value.is_floating_point():
             assert (value - one["weights"][name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.slow
+def test_two_interrupted_processes_go_on_as_if_they_had_not_been(
+    pair_corpus: Path, tmp_path: Path
+) -> None:
+    """Checkpoints after steps 2, 4 and 6, lines after 3, 6 and 7; random depths in each process."""
+    (tmp_path / "script.py").write_text(RESUMED)
+    command = ["script.py", str(pair_corpus), str(tmp_path)]
+    done = _torchrun(2, [*command, "whole", "cut"], tmp_path)
+    assert done.returncode != 0 and not (tmp_path / "cut" / "student.pt").exists()
+    whole, cut = (tmp_path / name / "metrics.jsonl" for name in ("whole", "cut"))
+    assert len(cut.read_text().splitlines()) == 1, done.stderr[-3000:]
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-4"
+    done = _torchrun(2, [*command, "cut again"], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def curve(path: Path) -> list[list[float]]:
+        lines = map(json.loads, path.read_text().splitlines())
+        return [[line[k] for k in ("step", "loss", "loss_local", "grad_norm")] for line in lines]
+
+    assert [line[0] for line in curve(whole)] == [3, 6, 7]
+    assert curve(cut) == curve(whole)
+    expected = torch.load(tmp_path / "whole" / "student.pt")
+    found = torch.load(tmp_path / "cut" / "student.pt")
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
 
 
 def test_the_program_runs_on_two_processes(

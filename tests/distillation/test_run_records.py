@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,13 @@ from xmag_hf.distillation.trainer import distill
 from xmag_hf.modeling.convert import build_student
 from xmag_hf.training.checkpoints import RUN_FILE, newest_checkpoint
 
-YOUNGER = ("precision", "split", "start", "window")  # keys that older records do not have
+YOUNGER = (
+    "precision",
+    "split",
+    "start",
+    "teacher_precision",
+    "window",
+)  # keys that older records do not have
 
 
 def _change_record(options: DistillOptions, change: Callable[[dict], object]) -> None:
@@ -51,6 +58,38 @@ def test_another_precision_is_not_continued(options, use_teacher) -> None:
         distill(chosen, quiet=True)
     _change_record(chosen, _forget)
     assert distill(chosen, quiet=True) is not None  # a checkpoint of an older version goes on
+
+
+def test_another_precision_of_the_teacher_is_not_continued(
+    options, use_teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun where auto is bf16 with --mixed-precision no, gone on with where it is fp32."""
+    chosen = {"max_steps": 2, "mixed_precision": "no"}
+    with monkeypatch.context() as gpu:
+        gpu.setattr("xmag_hf.distillation.teacher.precision_on", lambda device, options: "bf16")
+        result = distill(options(**chosen), quiet=True)
+    with pytest.raises(DistillationError, match="teacher_precision: bf16 then, fp32 now"):
+        distill(options(**chosen), quiet=True)
+    # The remedy that the message names, and what auto had come to.
+    assert distill(options(**chosen, teacher_precision="bf16"), quiet=True) is not None
+    with pytest.raises(DistillationError, match="teacher_precision: bf16 then, fp32 now"):
+        distill(options(**chosen, teacher_precision="fp32"), quiet=True)
+    _finish(options(**chosen), result.run)
+    assert distill(options(**chosen), quiet=True) is None  # its card can be mended on any machine
+    (Path(options().output_dir) / "config.json").unlink()
+    _change_record(options(), _forget)
+    assert distill(options(**chosen), quiet=True) is not None
+
+
+def test_cached_features_go_on_wherever_they_are_read(
+    options, use_teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are of the precision that they were made in, not of the machine that reads them."""
+    chosen = options(max_steps=2, cache_teacher=True)
+    result = distill(chosen, quiet=True)
+    assert result.run["teacher_precision"] == "fp32"
+    monkeypatch.setattr("xmag_hf.distillation.teacher.precision_on", lambda device, options: "bf16")
+    assert distill(chosen, quiet=True).run["teacher_precision"] == "fp32"
 
 
 def _three_slides(pair_corpus: Path, folder: Path, third: str) -> Path:
@@ -165,6 +204,33 @@ def test_a_card_of_an_older_version_is_not_pushed_with_another_licence(
     assert main(command(folder, "--data-licence=CC0-1.0")) == 1
     assert "data_licence: MIT then, CC0-1.0 now" in capsys.readouterr().err
     assert main(command(folder, "--data-licence=MIT")) == 0
+
+
+def test_a_second_run_into_one_folder_is_refused(
+    command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """While the first trains, and while it scores and saves; then the folder is free."""
+    folder, tried = tmp_path / "run", []
+
+    def second_run_beside(module: object, name: str) -> None:
+        plain = getattr(module, name)
+
+        def step(*args):
+            if name not in tried:
+                tried.append(name)
+                assert main(command(folder)) == 1
+                error = capsys.readouterr().err
+                assert f"xmag distill: --output-dir {folder}: process {os.getpid()} on" in error
+            return plain(*args)
+
+        monkeypatch.setattr(module, name, step)
+
+    second_run_beside(trainer, "_step")
+    second_run_beside(trainer, "score_result")
+    assert main(command(folder, "--holdout=lower", "--alignment-pairs=12")) == 0
+    assert tried == ["_step", "score_result"]
+    assert not folder.with_name("run.lock").exists()
+    assert (folder / "model.safetensors").exists()
 
 
 def test_scores_of_other_pairs_are_not_taken_for_done(command, tmp_path: Path, capsys) -> None:

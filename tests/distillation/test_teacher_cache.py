@@ -3,7 +3,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import os
 import pickle
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import h5py
@@ -22,6 +27,7 @@ from xmag_hf.distillation.teacher_cache import (
     teacher_identity,
 )
 from xmag_hf.distillation.teacher_encoding import shared_cells
+from xmag_hf.lock import acquire
 
 
 @pytest.fixture
@@ -199,6 +205,7 @@ def test_an_interrupted_build_is_completed_not_repeated(
     seen = teacher.seen
     again = build_cache(corpus, teacher, tmp_path)
     assert again == partial
+    assert not list(tmp_path.glob("*.lock"))
     assert teacher.seen == 2 * seen  # only shard 1 was computed
     build_cache(corpus, teacher, tmp_path, share=False)  # made another way: done again
     assert teacher.seen == 2 * seen + 24 * 16
@@ -291,6 +298,100 @@ def test_open_files_do_not_travel_to_workers(corpus: Corpus, teacher, tmp_path: 
     features = _build(corpus, teacher, tmp_path)
     first = features[3]
     assert np.array_equal(pickle.loads(pickle.dumps(features))[3], first)
+
+
+# Seeds started at once on a corpus without a cache: RUN, a number of its own, waits for the other
+# before it builds. The teacher is slow enough for the two to meet at every shard.
+RUN = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from conftest import MeanColour
+from xmag_hf.distillation.corpus import open_corpus
+from xmag_hf.distillation import teacher_cache
+from xmag_hf.distillation.teacher_cache import (
+    TeacherFeatures, build_cache, finish_cache, teacher_identity)
+
+data, cache, run = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+
+class Slow(MeanColour):
+    def forward(self, images):
+        time.sleep(0.2)
+        return super().forward(images)
+
+teacher_cache.WAIT_SECONDS = 0.1
+corpus, teacher = open_corpus(data), Slow()
+(cache.parent / f"ready-{run}").touch()
+while len(list(cache.parent.glob("ready-*"))) < 2:
+    time.sleep(0.01)
+finish_cache(build_cache(corpus, teacher, cache, batch_size=21))
+identity = teacher_identity(teacher, corpus)
+features = TeacherFeatures(cache / identity.key, corpus, identity)
+np.savez(cache.parent / f"run-{run}.npz", features.rows(np.arange(24)), teacher.seen)
+"""
+
+
+def test_two_runs_build_one_cache_together(
+    pair_corpus: Path, tmp_path: Path, cmu_pixels: np.ndarray
+) -> None:
+    (tmp_path / "run.py").write_text(RUN)
+    command = [sys.executable, "run.py", str(pair_corpus), str(tmp_path / "cache")]
+    settings = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
+    settings["env"] = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    runs = [subprocess.Popen([*command, str(number)], **settings) for number in range(2)]
+    for run in runs:
+        error = run.communicate(timeout=120)[1]
+        assert run.returncode == 0, error
+    made = [list(np.load(tmp_path / f"run-{number}.npz").values()) for number in range(2)]
+    for features, _ in made:
+        assert np.abs(features - _expected(cmu_pixels)).max() < 1e-3
+    assert sum(seen for _, seen in made) == 2 * 7 * 6  # no sub-patch went through two teachers
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(list(folder.iterdir())) == 2 and folder.suffix != ".partial"
+
+
+def test_a_shard_that_another_run_makes_is_waited_for(
+    corpus: Corpus, teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    """Said once, and by name; what that run leaves undone is done here."""
+    monkeypatch.setattr("xmag_hf.distillation.teacher_cache.WAIT_SECONDS", 0.01)
+    key = teacher_identity(teacher, corpus).key
+    lock = acquire(tmp_path / f"{key}.00000.lock")
+    assert lock is not None
+    here = threading.Thread(target=_build, args=(corpus, teacher, tmp_path))
+    here.start()
+    partial = tmp_path / f"{key}.partial"
+    deadline = time.monotonic() + 60
+    while not list(partial.glob("*.h5")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the other shard is made meanwhile
+    there = [path.name for path in partial.glob("*.h5")]
+    lock.release()
+    here.join(60)
+    assert there == ["features-00001-of-00002.h5"]
+    (said,) = caplog.messages
+    assert f"{key}: process {os.getpid()} on" in said and "has shard 0 now" in said
+    assert teacher.seen == 2 * 7 * 6
+    assert [path.name for path in tmp_path.iterdir()] == [key]
+
+
+def test_a_run_that_planned_before_the_cache_was_finished_leaves_it_where_it_is(
+    corpus: Corpus, teacher, tmp_path: Path
+) -> None:
+    """The first run reads its files, and opens further ones as it goes on."""
+    features, seen = _build(corpus, teacher, tmp_path), teacher.seen
+    folder = build_cache(corpus, teacher, tmp_path)  # of a run whose plan found no cache
+    assert features[23].shape == (16, 3)  # of a shard that was not open yet
+    assert finish_cache(folder) == features.folder
+    assert teacher.seen == seen
+    assert list(tmp_path.iterdir()) == [features.folder]
+
+
+def test_drafts_of_a_killed_build_do_not_stay(corpus: Corpus, teacher, tmp_path: Path) -> None:
+    partial = build_cache(corpus, teacher, tmp_path, rank=0, world=2)
+    (partial / "features-00001-of-00002.tmp7").write_bytes(b"half a shard")
+    finish_cache(build_cache(corpus, teacher, tmp_path))
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_two_processes_that_finish_a_cache_together(tmp_path):

@@ -8,6 +8,7 @@ command to go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import sys
@@ -44,23 +45,28 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     options = read_options(DistillOptions, args)
     _refuse_start(options)
-    result = distill(options, quiet=args.quiet)
-    state = PartialState()
     failed = False
-    if state.is_main_process:
-        if result is None:
-            done = _correct_card(options)
-            print(f"{options.output_dir} already holds this model; {done}")
-        else:
-            failed = _save_and_score(result)
-        if options.push_to_hub and options.hub_model_id and not failed:
-            from xmag_hf.hub.folders import push_folder
-
-            private = options.hub_private
-            print(push_folder(options.output_dir, options.hub_model_id, private=private))
+    with contextlib.ExitStack() as held:  # no other run may write there before all is saved
+        result = distill(options, quiet=args.quiet, held=held)
+        state = PartialState()
+        if state.is_main_process:
+            failed = _conclude(options, result)
     state.wait_for_everyone()  # the others leave once the folder is there
     state.destroy_process_group()
     return int(failed)
+
+
+def _conclude(options: DistillOptions, result: DistillResult | None) -> bool:
+    """Save, score and push, as far as that is not done yet; whether scoring failed."""
+    if result is None:
+        print(f"{options.output_dir} already holds this model; {_correct_card(options)}")
+    elif _save_and_score(result):
+        return True
+    if options.push_to_hub and options.hub_model_id:
+        from xmag_hf.hub.folders import push_folder
+
+        print(push_folder(options.output_dir, options.hub_model_id, private=options.hub_private))
+    return False
 
 
 def _refuse_start(options: DistillOptions) -> None:
@@ -72,13 +78,11 @@ def _refuse_start(options: DistillOptions) -> None:
 
 def _start_licence(options: DistillOptions) -> str | None:
     """Licence of the starting weights; None where nobody said."""
+    from xmag_hf.encoders import weights_licence
     from xmag_hf.modeling.convert import DEFAULT_INIT
 
     start = options.init or DEFAULT_INIT[options.student]
-    config = Path(start) / "config.json"
-    if start in START_LICENCES or not config.is_file():
-        return START_LICENCES.get(start)
-    return json.loads(config.read_text()).get("licence")
+    return START_LICENCES[start] if start in START_LICENCES else weights_licence(start)
 
 
 def _save_and_score(result: DistillResult) -> bool:

@@ -14,12 +14,12 @@ from typing import Any
 
 import datasets
 
-from xmag_hf.slides import SlideError, sha256_head
+from xmag_hf.slides import sha256_head
 
 from .build import BuildState, CorpusSummary, build_corpus
 from .corpus_options import CorpusOptions, corpus_fingerprint
 from .features import FEATURES, corpus_features
-from .pairs import SlideRecord, open_row, slide_pairs
+from .pairs import SLIDE_FAULTS, SlideRecord, describe_fault, open_row, slide_pairs
 from .slide_list import SlideRow, absolute, check_unique, read_slides_csv
 
 __all__ = [
@@ -108,8 +108,8 @@ class PairedMagnification(datasets.GeneratorBasedBuilder):
                     pairs = slide_pairs(slide, row, self.config.options, record)
                     for index, pair in enumerate(pairs):
                         yield (number, index), pair
-            except SlideError as error:
-                logger.warning("left out: %s", error)
+            except SLIDE_FAULTS as error:
+                logger.warning("left out: %s", describe_fault(row, error))
             else:
                 if record.unreadable or not record.pairs:
                     logger.warning(

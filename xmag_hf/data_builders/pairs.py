@@ -42,6 +42,9 @@ from .slide_list import SlideRow
 ROWS_PER_GROUP = 64  # about 40 MB: what a writer holds, and what a streaming reader fetches at once
 TEXT_COLUMNS = ("slide_id", "patient_id", "cancer_type", "source")
 
+# SlideError is a ValueError; the others are what a header that lies can provoke.
+SLIDE_FAULTS = (ValueError, ArithmeticError, LookupError, MemoryError)
+
 Report = Callable[[int, int], None]  # (regions done, regions to do)
 
 
@@ -252,15 +255,20 @@ def write_slide(
         record.parts = parts.close()
         record.status = "ok" if record.pairs else "no_tissue"
         record.reason = "" if record.pairs else _no_tissue_reason(record, options)
-    # SlideError is a ValueError; the others are what a header that lies can provoke.
-    except (ValueError, ArithmeticError, LookupError, MemoryError) as error:
+    except SLIDE_FAULTS as error:
         parts.discard()
-        known, refused = isinstance(error, SlideError), isinstance(error, SlideScaleError)
-        record.status = "refused" if refused else "failed"
-        record.reason = str(error) if known else f"{row.slide_id}: {type(error).__name__}: {error}"
+        record.status = "refused" if isinstance(error, SlideScaleError) else "failed"
+        record.reason = describe_fault(row, error)
         record.pairs = 0
     write_atomically(folder / f"{key}.json", json.dumps(asdict(record), indent=1))
     return record
+
+
+def describe_fault(row: SlideRow, error: Exception) -> str:
+    """One of `SLIDE_FAULTS` in words; a SlideError names the slide and the remedy itself."""
+    if isinstance(error, SlideError):
+        return str(error)
+    return f"{row.slide_id}: {type(error).__name__}: {error}"
 
 
 class _PartWriter:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import glob
+import logging
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ SLIDE_SUFFIXES = (
 )
 DICOM_SUFFIX = ".dcm"
 OWN_COLUMNS = ("slide", "slide_id", "patient_id", "cancer_type", "mpp", "source")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class SlideRow:
     Attributes:
         path: The file.
         slide_id: Default the file's stem; see `find_slides` for DICOM.
-        patient_id: Default the slide_id, the cautious reading: every slide its own patient.
+        patient_id: Default the slide_id: every slide its own patient, so that slides of one
+            patient may come on both sides of a split. Give it where patients have several.
         cancer_type: Empty if unknown.
         mpp: um/px of level 0 if the file's own must be overruled.
         source: Where the slide is from; default the file's name.
@@ -143,7 +146,7 @@ def with_csv_metadata(
         csv_path: CSV with `slide_id` or `slide`; lines for other slides are ignored.
 
     Returns:
-        A row for each; a slide without a line gets the defaults.
+        A row for each; a slide without a line gets the defaults, and a warning says so.
 
     Raises:
         CorpusError: As `read_slides_csv`, two lines for one stem, or no line for any file.
@@ -161,6 +164,7 @@ def with_csv_metadata(
     for slide in slides:
         number, line = next((lines[n] for n in _names(slide) if n in lines), (0, {}))
         rows.append(_row(slide, line, f"{csv_path}, line {number}"))
+    _warn_unmatched(csv_path, slides, lines)
     return rows
 
 
@@ -256,6 +260,29 @@ def _lines_by_name(
             raise CorpusError(f"{where}: {name} again, first on line {lines[name][0]}. Drop one.")
         lines[name] = (number, line)
     return lines
+
+
+def _warn_unmatched(csv_path: Path, slides: Sequence[SlideRow], lines: Collection[str]) -> None:
+    """Name slides without a line: a name misspelt there costs a slide its patient and um/px."""
+    without = [slide.slide_id for slide in slides if not any(n in lines for n in _names(slide))]
+    if not without:
+        return  # lines for other slides are usual: a glob takes some of them
+    named = {name for slide in slides for name in _names(slide)}
+    unused = [name for name in lines if name not in named]
+    logger.warning(
+        "%s: no line for %d of %d slides (%s): each counts as a patient of its own, at its file's "
+        "um/px. %d lines are for no slide here%s. Correct the names, or add lines.",
+        csv_path,
+        len(without),
+        len(slides),
+        _first(without),
+        len(unused),
+        f" ({_first(unused)})" if unused else "",
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _stem(line: dict[str, str]) -> str:

@@ -332,6 +332,9 @@ def make_row(reader: FolderReader | PartsReader, task: SpiderTask, missing: str)
         reader: Of the source.
         task: Record and places.
         missing: One of `MISSING`.
+
+    Raises:
+        SpiderError: The source cannot be read, which is no fault of the image.
     """
     record = task.record
     if missing == "drop" and None in record.names:
@@ -342,16 +345,23 @@ def make_row(reader: FolderReader | PartsReader, task: SpiderTask, missing: str)
     for place, name, location in zip(PLACES, record.names, task.locations, strict=True):
         tile = None
         if name is not None:
+            where = f"record {record.index} ({record.slide_id}), {place} {name}"
             try:
                 if location is None:
                     raise ValueError("no such file")
                 found = reader.read(location)
                 tile = _decode(found)
                 content = found if place == CENTRE_PLACE else content
-            except (OSError, ValueError) as error:
-                problems.append(
-                    f"record {record.index} ({record.slide_id}), {place} {name}: {error}"
-                )
+            except SpiderError:
+                raise
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+            except OSError as error:
+                raise SpiderError(
+                    f"{where}: {error}. That says nothing of the image, so no record is left out "
+                    "for it. Run the same command again once it can be read: finished shards are "
+                    "kept."
+                ) from error
         tiles.append(tile)
     if tiles[CENTRE_INDEX] is None:
         text = f"record {record.index} left out: its labelled patch cannot be had"

@@ -50,8 +50,16 @@ class FolderReader:
     folder: Path
 
     def read(self, location: Location) -> bytes:
-        """The bytes of the file `location`."""
-        return (self.folder / str(location)).read_bytes()
+        """The bytes of the file `location`.
+
+        Raises:
+            ValueError: It is not there any more, or a link to nothing.
+            OSError: The disk, not the file.
+        """
+        try:
+            return (self.folder / str(location)).read_bytes()
+        except FileNotFoundError as error:
+            raise ValueError("no such file") from error
 
 
 class PartsReader:

@@ -18,10 +18,11 @@ from xmag_hf.distillation.teacher import (
     precision_on,
 )
 from xmag_hf.distillation.teacher_cache import (
+    TeacherIdentity,
     build_cache,
+    building_folder,
     finish_cache,
     missing_shards,
-    reopen_cache,
     shard_name,
     teacher_identity,
 )
@@ -35,7 +36,8 @@ class CacheReport:
     Attributes:
         folder: Of the cache; `.partial` while shards are missing.
         missing: Shards that other processes have yet to finish.
-        pairs: Encoded by this call; 0 if there was nothing left to do.
+        pairs: Encoded by this call (and by another with the same share, if there was one at the
+            same time); 0 if there was nothing left to do.
         seconds: That took, the loading of the teacher not included.
         bytes_per_pair: On disk, of what was encoded; 0 if nothing was.
     """
@@ -87,10 +89,9 @@ def fill_cache(
     precision = precision_on(device, options)
     encoder = load_encoder(options.teacher, device=device, precision=precision)
     identity = teacher_identity(encoder, corpus, *seen)
-    reopen_cache(cache_dir, identity)
-    todo = missing_shards(cache_dir / f"{identity.key}.partial", corpus, share)
+    todo = missing_shards(building_folder(cache_dir, identity), corpus, share)
     began = time.perf_counter()
-    partial = build_cache(
+    build_cache(
         corpus,
         encoder,
         cache_dir,
@@ -105,19 +106,24 @@ def fill_cache(
     )
     seconds = time.perf_counter() - began
     mine = [number for number in todo if number % world == rank]
-    return _report(partial, corpus, share, mine, seconds)
+    return _report(cache_dir, identity, corpus, share, mine, seconds)
 
 
 def _report(
-    partial: Path, corpus: Corpus, share: bool, mine: list[int], seconds: float
+    cache_dir: Path,
+    identity: TeacherIdentity,
+    corpus: Corpus,
+    share: bool,
+    mine: list[int],
+    seconds: float,
 ) -> CacheReport:
     """Count what was written, and complete the cache if nothing is missing."""
     pairs = int(corpus.shard_rows[mine].sum())
     names = [shard_name(number, len(corpus.shards)) for number in mine]
-    # Another process that ends now may have renamed the folder.
-    final = partial.with_name(partial.name.removesuffix(".partial"))
-    paths = [(partial if (partial / name).exists() else final) / name for name in names]
+    folder = building_folder(cache_dir, identity)
+    final = cache_dir / identity.key  # another process that ends now may have renamed it
+    paths = [(folder if (folder / name).exists() else final) / name for name in names]
     size = sum(path.stat().st_size for path in paths)
-    missing = len(missing_shards(partial, corpus, share)) if partial.is_dir() else 0
-    folder = partial if missing else finish_cache(partial)
+    missing = len(missing_shards(building_folder(cache_dir, identity), corpus, share))
+    folder = folder if missing else finish_cache(folder)
     return CacheReport(folder, missing, pairs, seconds, size / max(pairs, 1))

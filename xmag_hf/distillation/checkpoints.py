@@ -36,6 +36,7 @@ def run_record(
     split: str,
     start: str | None,
     teacher: str,
+    teacher_precision: str,
     world: int,
     precision: str,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def run_record(
             of: patients are corrected, and slides fail in one build and not in another.
         start: Digest of the student's weights, where --init names somebody's; else None.
         teacher: Revision of it.
+        teacher_precision: It runs in, or its cached features were made in.
         world: Number of processes.
         precision: That auto came to.
 
@@ -60,6 +62,7 @@ def run_record(
         "split": split,
         "start": start,
         "teacher_revision": teacher,
+        "teacher_precision": teacher_precision,
         "world": world,
         "precision": precision,
         "xmag_hf": __version__,
@@ -77,14 +80,17 @@ def find_checkpoint(output_dir: str, record: dict[str, Any]) -> Checkpoint | Non
         The checkpoint, or None if there is none.
 
     Raises:
-        DistillationError: It was made with other options, pairs, start, teacher, precision or
-            process count; each difference is listed.
+        DistillationError: It was made with other options, pairs, start, teacher, precision (of
+            student or teacher) or process count; each difference is listed.
     """
     found = newest_checkpoint(output_dir)
     if found is None:
         return None
-    differences = differing_options(found.record["options"], record["options"])
-    differences += _differences(found.record, record, "world", "precision")
+    free = set(RESUMABLE_DIFFERENCES)
+    if "teacher_precision" in found.record:  # what auto came to is compared, not the word
+        free.add("teacher_precision")
+    differences = differing_options(found.record["options"], record["options"], free)
+    differences += _differences(found.record, record, "teacher_precision", "world", "precision")
     if differences:
         raise DistillationError(
             f"{found.folder} is of another run:\n  " + "\n  ".join(differences) + "\n"

@@ -130,12 +130,16 @@ class DistillOptions:
         choices=("auto", "no", "bf16", "fp16"),
     )
 
-    cache_teacher: bool = _option(False, "compute teacher features once and keep them")
+    cache_teacher: bool = _option(
+        False, "compute teacher features once and keep them; runs started together share the work"
+    )
     cache_dir: str | None = _option(
         None, "where the cache lies; none: DATA/teacher, or the Hugging Face home for a repo"
     )
     share_sub_patches: bool = _option(
-        True, "cache: a sub-patch seen by several overlapping pairs goes through the teacher once"
+        True,
+        "cache: a sub-patch seen by several overlapping pairs of a shard goes through the teacher "
+        "once",
     )
     cache_views: int = _option(
         1,

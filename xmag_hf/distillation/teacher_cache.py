@@ -7,15 +7,15 @@ for this one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import os
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from xmag_hf._version import __version__
 from xmag_hf.distillation.corpus import Corpus
 from xmag_hf.distillation.options import CACHED_VIEWS, TEACHER_VIEWS, DistillationError
 from xmag_hf.distillation.teacher_encoding import CELLS, ShardDecoder, encode_shard
+from xmag_hf.lock import acquire, describe_holder
 
 if TYPE_CHECKING:
     from xmag_hf.encoders import Encoder
@@ -35,6 +36,7 @@ FORMAT_VERSION = 1
 ALL_VIEWS = "; {} dihedral views"  # ends it where more than one view is kept
 ENLARGED = "; 5x view enlarged by Lanczos"  # ends the normalisation of the 5x control's identity
 MOST_OPEN_FILES = 64  # of thousands of shards, in every loader process
+WAIT_SECONDS = 2.0  # between two looks at shards that another run is making
 logger = logging.getLogger(__name__)
 
 
@@ -213,6 +215,9 @@ def build_cache(
 ) -> Path:
     """Compute the features of every pair, shard by shard; finished shards are not done again.
 
+    Runs that build one cache at once (seeds started together) share its shards, and each waits for
+    those of the others.
+
     Args:
         corpus: To encode.
         teacher: Frozen 20x encoder.
@@ -228,44 +233,76 @@ def build_cache(
         advance: Called with the number of pairs finished, for progress bars.
 
     Returns:
-        The folder `<key>.partial`, to be given to `finish_cache` once every process is done.
+        The folder `<key>.partial`, to be given to `finish_cache` once every process is done; or
+        `<key>`, if another run has finished it.
 
     Raises:
         DistillationError: An image that does not decode (shard and row are named), or features
             that are not finite.
     """
     identity = teacher_identity(teacher, corpus, teacher_view, views)
-    partial = cache_dir / f"{identity.key}.partial"
-    reopen_cache(cache_dir, identity)
-    partial.mkdir(parents=True, exist_ok=True)
-    starts = corpus.shard_starts
-    for number in range(rank, len(corpus.shards), world):
-        path = partial / shard_name(number, len(corpus.shards))
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    starts, count = corpus.shard_starts, len(corpus.shards)
+    for number in _in_turn(range(rank, count, world), cache_dir / identity.key):
+        name = shard_name(number, count)
         rows = np.arange(starts[number], starts[number + 1])
-        if not _done_with(path, share):
+        if not _done_with(building_folder(cache_dir, identity) / name, share):
             shard = corpus.shards[number]
             decoder = ShardDecoder(shard, teacher_view, CACHED_VIEWS[views], num_threads)
             features = encode_shard(
                 corpus, rows, teacher, decoder, share=share, batch_size=batch_size
             )
             attributes = {"sharing": _sharing(share), "licence": teacher.licence}
-            write_features(path, features, corpus, rows, identity, attributes)
+            # Not renamed while this shard's lock is held and the shard is not there.
+            folder = building_folder(cache_dir, identity)
+            folder.mkdir(exist_ok=True)
+            write_features(folder / name, features, corpus, rows, identity, attributes)
         advance(len(rows))
-    return partial
+    return building_folder(cache_dir, identity)
+
+
+def _in_turn(numbers: Iterable[int], key: Path) -> Iterator[int]:
+    """Give each shard while its lock is held; those that other runs are making come last."""
+    left, told = list(numbers), False
+    while left:
+        taken = []
+        for number in left:
+            # Beside the folder, which gets another name.
+            path = key.with_name(f"{key.name}.{number:05d}.lock")
+            lock = acquire(path)
+            if lock is None:
+                taken.append(number)
+                if not told:
+                    told = True
+                    logger.warning(
+                        "%s: %s builds this cache, too, and has shard %d now. No shard is made "
+                        "twice; this run waits for those of the other.",
+                        *(key, describe_holder(path), number),
+                    )
+                continue
+            try:
+                yield number
+            finally:
+                lock.release()
+        if taken:
+            time.sleep(WAIT_SECONDS)
+        left = taken
+
+
+def building_folder(cache_dir: Path, identity: TeacherIdentity) -> Path:
+    """Where the shards of a cache go: its `.partial`, or its own folder where that is there.
+
+    It may lack shards (someone deleted a bad one), which are made there: other runs may train from
+    the rest.
+    """
+    final = cache_dir / identity.key
+    return final if final.is_dir() else cache_dir / f"{identity.key}.partial"
 
 
 def missing_shards(partial: Path, corpus: Corpus, share: bool) -> list[int]:
     """Numbers of the shards that an unfinished cache still lacks."""
     count = len(corpus.shards)
     return [n for n in range(count) if not _done_with(partial / shard_name(n, count), share)]
-
-
-def reopen_cache(cache_dir: Path, identity: TeacherIdentity) -> None:
-    """Make a folder that lacks shards (someone deleted a bad one) unfinished again."""
-    final = cache_dir / identity.key
-    # Another process of the same build may be the one that renames it.
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(final, final.with_name(f"{identity.key}.partial"))
 
 
 def finish_cache(partial: Path) -> Path:
@@ -279,7 +316,8 @@ def finish_cache(partial: Path) -> Path:
     """
     final = partial.with_name(partial.name.removesuffix(".partial"))
     try:
-        os.rename(partial, final)
+        if not final.is_dir():
+            os.rename(partial, final)
     except FileNotFoundError:
         if not final.is_dir():
             raise
@@ -306,6 +344,8 @@ def write_features(
 ) -> None:
     """Write one shard's features under a temporary name, sync, and rename.
 
+    Its lock is held, so that drafts of it are of a killed or failed build, and are removed.
+
     Args:
         path: Final name.
         features: (n, n_views, 16, d_T) float16; `features` of the file is the first view, `views`
@@ -315,8 +355,8 @@ def write_features(
         identity: Stored as attributes and checked on opening.
         attributes: Further attributes.
     """
-    for stale in path.parent.glob(f"{path.stem}.tmp*"):  # of a killed or failed build
-        stale.unlink()
+    for stale in path.parent.glob(f"{path.stem}.tmp*"):
+        stale.unlink(missing_ok=True)
     temporary = path.with_suffix(f".tmp{os.getpid()}")
     index = corpus.index
     with h5py.File(temporary, "w") as file:

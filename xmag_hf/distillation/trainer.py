@@ -6,6 +6,7 @@ averaged student on held-out pairs.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -64,7 +65,7 @@ from xmag_hf.training.checkpoints import (
     save_checkpoint,
     stop_on_sigterm,
 )
-from xmag_hf.training.processes import any_rank, open_accelerator
+from xmag_hf.training.processes import any_rank, only_run, open_accelerator
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -122,7 +123,9 @@ class _Run:
     quiet: bool
 
 
-def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | None:
+def distill(
+    options: DistillOptions, *, quiet: bool = False, held: contextlib.ExitStack | None = None
+) -> DistillResult | None:
     """Distil a student as `options` say; go on from a checkpoint if there is one.
 
     Recipe: arXiv 2509.23097, Sec. 2. Called by every process of `accelerate launch`.
@@ -130,13 +133,15 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
     Args:
         options: Of the run.
         quiet: No progress bars.
+        held: Keeps other runs out of `output_dir` until it is closed, for who saves the student
+            there; None: until this returns.
 
     Returns:
         The result, or None if `output_dir` already holds it.
 
     Raises:
-        DistillationError: Data, teacher, options or loss that cannot go on; also after SIGTERM,
-            once a checkpoint is written.
+        DistillationError: Data, teacher, options or loss that cannot go on; another run has
+            `output_dir`; also after SIGTERM, once a checkpoint is written.
         TrainingError: What accelerate is set to, or has installed, does not fit the options.
     """
     accelerator = open_accelerator(
@@ -146,6 +151,17 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
         trackers=options.report_to,
         project_dir=options.output_dir,
     )
+    with contextlib.ExitStack() as own:
+        out = Path(options.output_dir).resolve()
+        lock = only_run(accelerator, out, DistillationError, "--output-dir")
+        (own if held is None else held).enter_context(lock)
+        return _distilled(accelerator, options, quiet)
+
+
+def _distilled(
+    accelerator: Accelerator, options: DistillOptions, quiet: bool
+) -> DistillResult | None:
+    """The student, from first to last step, or as far as it is not there yet."""
     refuse_foreign(options.output_dir)
     # A student or a gated teacher that cannot be had must fail before hours of data work.
     checked = check_teacher(options)
@@ -169,6 +185,7 @@ def distill(options: DistillOptions, *, quiet: bool = False) -> DistillResult | 
         split=split_digest(corpus.index, split),
         start=None if named else tensors_digest(student.state_dict()),
         teacher=plan.revision,
+        teacher_precision=plan.precision,
         world=accelerator.num_processes,
         precision=str(accelerator.mixed_precision),
     )

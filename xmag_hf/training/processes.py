@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
+
+from xmag_hf.lock import only_writer
 
 
 class TrainingError(ValueError):
@@ -89,6 +93,32 @@ def _refuse_lost(asked: Sequence[str], opened: Sequence[str]) -> None:
             f"--report-to {' '.join(lost)}: not installed, so nothing would be recorded. "
             f"`pip install {package}`, or leave it out."
         )
+
+
+@contextlib.contextmanager
+def only_run(
+    accelerator: Accelerator, out: Path, refusal: type[Exception], option: str = "--out"
+) -> Iterator[None]:
+    """`only_writer` for all processes of a run: the first has the lock, the others hear of it.
+
+    Args:
+        accelerator: The processes.
+        out: Of the run, absolute.
+        refusal: Raised by every process while another run has the lock, or where none can be had.
+        option: That names `out`, for the message.
+    """
+    with contextlib.ExitStack() as held:
+        refused = ""
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(only_writer(out, refusal, option))
+            except (refusal, OSError) as error:  # told to all: they would wait for this one
+                refused = str(error)
+        if accelerator.num_processes > 1:
+            refused = gather_object([refused])[0]
+        if refused:
+            raise refusal(refused)
+        yield
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
