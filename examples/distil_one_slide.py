@@ -49,7 +49,7 @@ def main() -> int:
     """Run the whole path and say what was made."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slide", default=str(EMBEDDED), help="a slide OpenSlide reads")
-    parser.add_argument("--out", default="xmag", help="folder of the distilled encoder")
+    parser.add_argument("--out", default="xmag_demo/xmag", help="folder of the distilled encoder")
     parser.add_argument("--work", default="xmag_demo", help="folder of the corpus and the picture")
     parser.add_argument("--epochs", default="40")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from xmag_hf.encoders import (
@@ -25,6 +27,7 @@ from xmag_hf.encoders import (
     check_encoder,
     load_encoder,
     student_size,
+    weights_licence,
 )
 from xmag_hf.modeling import (
     XMAGConfig,
@@ -313,6 +316,62 @@ def test_incomplete_folders_say_what_is_missing(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(EncoderError, match="no model.safetensors"):
         check_encoder(str(tmp_path))
+
+
+def _without(folder: Path, *endings: str) -> None:
+    """Leave the tensors of some names out of a folder's weights."""
+    path = folder / "model.safetensors"
+    kept = {name: t for name, t in load_file(path).items() if not name.endswith(endings)}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def test_weights_with_gaps_are_refused(tmp_path):
+    """transformers would fill them at random: other features at each load, under one name."""
+    _save_student(tmp_path / "student")
+    _save_vit(tmp_path / "vit")
+    for folder, gap in (("student", "embeddings.cls_token"), ("vit", "layernorm.bias")):
+        _without(tmp_path / folder, gap)
+        with pytest.raises(EncoderError, match=f"{folder} .*weights lack 1 tensor.s.: {gap}"):
+            load_encoder(str(tmp_path / folder))
+
+
+def test_what_no_embedding_needs_may_be_missing(tmp_path):
+    """Counters of batches seen, and DINOv2's mask token: the embedding is the same."""
+    XMAGLiteModel(XMAGLiteConfig()).save_pretrained(tmp_path / "lite")
+    XMAGImageProcessor().save_pretrained(tmp_path / "lite")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**small, image_size=32, patch_size=8)).save_pretrained(tmp_path / "d")
+    (tmp_path / "d" / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    for folder, px in (("lite", 224), ("d", 32)):
+        images = torch.from_numpy(_images(1, px))
+        expected = load_encoder(str(tmp_path / folder))(images)
+        before = len(load_file(tmp_path / folder / "model.safetensors"))
+        _without(tmp_path / folder, "num_batches_tracked", "mask_token")
+        assert len(load_file(tmp_path / folder / "model.safetensors")) < before
+        assert torch.equal(load_encoder(str(tmp_path / folder))(images), expected)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_a_file_cut_short_is_named(tmp_path, name):
+    _save_student(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    said = str(tmp_path) if name == "model.safetensors" else str(tmp_path / name)
+    with pytest.raises(EncoderError, match=re.escape(said)):
+        load_encoder(str(tmp_path))
+
+
+def test_licence_of_a_start(tmp_path):
+    """Of the table, of timm, of a config of ours, else of the page; None where nobody said."""
+    folder = tmp_path / "start"
+    _save_student(folder)
+    assert weights_licence(folder) is None
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert weights_licence(folder) == "mit"
+    XMAGConfig(**NARROW, licence="CC-BY-4.0").save_pretrained(folder)
+    assert weights_licence(folder / "model.safetensors") == "CC-BY-4.0"
+    assert weights_licence(folder / "anybodys.pth") is None
+    assert weights_licence("facebook/dinov2-base") == "Apache-2.0"
+    assert weights_licence("timm:vit_small_patch14_dinov2") == "apache-2.0"
 
 
 # --- the Hub, as a server on 127.0.0.1 -----------------------------------------------------------

@@ -146,9 +146,15 @@ def check_folder(name: str, revision: str | None) -> EncoderCard:
         raise EncoderError(f"{name}: lacks {', '.join(missing)}, which {weights.name} lists.")
     digest = _revision([_sha256(part) for part in parts])
     card = _describe(_blank_card(name, str(folder.resolve()), digest), path, folder)
-    config = json.loads(path.read_text())
-    licence = config.get("licence") or _page_licence(folder / "README.md")
-    return dataclasses.replace(card, name=identity(config), licence=licence or NOT_STATED)
+    name = identity(_read_json(path))
+    return dataclasses.replace(card, name=name, licence=folder_licence(folder) or NOT_STATED)
+
+
+def folder_licence(folder: Path) -> str | None:
+    """What config.json of ours, or else the page, says in a model's folder; None if nothing."""
+    path = folder / "config.json"
+    licence = _read_json(path).get("licence") if path.is_file() else None
+    return licence or _page_licence(folder / "README.md")
 
 
 def student_card(name: str, revision: str | None) -> EncoderCard:
@@ -219,7 +225,24 @@ def _parts(weights: Path) -> list[str]:
     """Names of the files that hold the weights: its own, or those that an index lists."""
     if weights.suffix != ".json":
         return [weights.name]
-    return sorted(set(json.loads(weights.read_text())["weight_map"].values()))
+    return sorted(set(_read_json(weights).get("weight_map", {}).values()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that describes a model.
+
+    Raises:
+        EncoderError: It is damaged; the file is named.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text at all
+        raise EncoderError(
+            f"{path}: is no readable JSON ({error}); cut short? Copy or save the model again."
+        ) from error
+    if not isinstance(content, dict):
+        raise EncoderError(f"{path}: is no JSON object. Copy or save the model again.")
+    return content
 
 
 def _sha256(path: Path) -> str:
@@ -259,7 +282,7 @@ def _blank_card(name: str, repository: str, revision: str | None) -> EncoderCard
 
 def _describe(card: EncoderCard, config_path: Path, folder: Path) -> EncoderCard:
     """Fill a blank card from config.json and preprocessor_config.json."""
-    config = json.loads(config_path.read_text())
+    config = _read_json(config_path)
     if "architecture" in config:  # timm's; its mean and std are read from the built model
         pretrained = config.get("pretrained_cfg", config)
         size = (pretrained.get("input_size") or (3, 224, 224))[-1]
@@ -276,7 +299,7 @@ def _describe(card: EncoderCard, config_path: Path, folder: Path) -> EncoderCard
             f"{card.name}: no preprocessor_config.json, so its mean and std are unknown. Save its "
             "image processor beside the weights."
         )
-    pixels = json.loads(path.read_text())
+    pixels = _read_json(path)
     factor = pixels.get("rescale_factor", 1 / 255)
     if "image_mean" not in pixels or abs(factor * 255 - 1) > 1e-3:
         raise EncoderError(
@@ -331,7 +354,7 @@ def hub_card(name: str, revision: str | None) -> EncoderCard:
     card = dataclasses.replace(card, commit=path.parent.name)
     with contextlib.suppress(_NoSuchFile):  # a timm repository has none
         _hub_file(card, "preprocessor_config.json")
-    config = json.loads(path.read_text())
+    config = _read_json(path)
     ours = config.get("model_type") in (XMAGConfig.model_type, XMAGLiteConfig.model_type)
     card = _describe(card, path, path.parent)
     return dataclasses.replace(card, name=identity(config) if ours else name)

@@ -12,22 +12,25 @@ import contextlib
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from xmag_hf.encoder_files import (
     NETWORK_ERROR,
     NOT_STATED,
+    WEIGHT_FILES,
     EncoderCard,
     EncoderError,
     Triple,
     check_folder,
     check_hub,
     check_package,
+    folder_licence,
     hub_card,
     identity,
     student_card,
@@ -44,6 +47,7 @@ __all__ = [
     "check_encoder",
     "load_encoder",
     "student_size",
+    "weights_licence",
 ]
 
 logger = logging.getLogger(__name__)
@@ -62,6 +66,8 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 START_WEIGHTS = {"dinov2": "dinov2-{size}", "imagenet": "efficientnet-lite0"}
 # ViT's pooler is a tanh layer that encoders leave untrained.
 MODEL_KWARGS = {"vit": {"add_pooling_layer": False}}
+# Weights may lack these: counters of batches seen, and what training put in place of patches.
+UNUSED = ("num_batches_tracked", "mask_token")
 
 
 def _pathology(name: str, repository: str, **facts: Any) -> EncoderCard:
@@ -376,7 +382,8 @@ def load_encoder(
     card = check_encoder(name, revision=revision)
     try:
         model = _load_model(card)
-    except (OSError, RuntimeError, ValueError, KeyError, NETWORK_ERROR) as error:
+    # A file cut short is a SafetensorError, weights of other shapes a RuntimeError.
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, NETWORK_ERROR) as error:
         raise EncoderError(f"{name}: {card.repository} could not be loaded: {error}") from error
     if card.builder == "student":  # computed, so only the tensors say which model it is
         card = dataclasses.replace(card, revision=tensors_digest(model.state_dict()))
@@ -402,6 +409,22 @@ def student_size(encoder: Encoder) -> str | None:
     name = identity(config.to_dict()) if hasattr(config, "to_dict") else ""  # type: ignore[union-attr]
     kind, _, size = name.partition("/")
     return size if kind in ("xmag", "xmag_lite") and not size.isdecimal() else None
+
+
+def weights_licence(source: str | Path) -> str | None:
+    """Licence of weights that a student may start from.
+
+    Args:
+        source: As `build_student` takes it: a folder, a file in one, a Hub id or `timm:NAME`.
+
+    Returns:
+        As the table, timm, or the folder's config or page say it; None where nobody said.
+    """
+    if str(source).startswith("timm:"):
+        return timm_card(str(source), None).licence
+    rows = [card.licence for card in ENCODERS.values() if card.repository == str(source)]
+    path = Path(source).expanduser()
+    return rows[0] if rows else folder_licence(path.parent if path.name in WEIGHT_FILES else path)
 
 
 def check_encoder(name: str, *, revision: str | None = None) -> EncoderCard:
@@ -519,7 +542,19 @@ def _load_model(card: EncoderCard) -> nn.Module:
     config = AutoConfig.from_pretrained(card.repository, **where)
     kwargs = MODEL_KWARGS.get(config.model_type, {})
     # Stored half precision would otherwise become the dtype of the weights.
-    return AutoModel.from_pretrained(card.repository, dtype=torch.float32, **where, **kwargs)
+    model, report = AutoModel.from_pretrained(
+        card.repository, dtype=torch.float32, output_loading_info=True, **where, **kwargs
+    )
+    _refuse_gaps(report["missing_keys"])
+    return model
+
+
+def _refuse_gaps(missing: Iterable[str]) -> None:
+    """Refuse weights whose gaps would hold random numbers, others at every load."""
+    gaps = sorted(name for name in missing if not name.endswith(UNUSED))
+    if gaps:
+        shown = ", ".join(gaps[:5])
+        raise EncoderError(f"weights lack {len(gaps)} tensor(s): {shown}. Get or save them again.")
 
 
 def _build_student(card: EncoderCard) -> nn.Module:
@@ -539,14 +574,7 @@ def _load_packaged(card: EncoderCard) -> nn.Module:
     model = timm.create_model(card.architecture, **_timm_kwargs(card))
     wanted = model.state_dict().keys()
     state = {k: v for k, v in efficientnet_lite0_state_dict().items() if k in wanted}
-    # Counters of batches seen are no weights, and the package does not hold them.
-    missing = [
-        key
-        for key in model.load_state_dict(state, strict=False).missing_keys
-        if not key.endswith("num_batches_tracked")
-    ]
-    if missing:
-        raise EncoderError(f"{card.name}: the package lacks {', '.join(missing)}.")
+    _refuse_gaps(model.load_state_dict(state, strict=False).missing_keys)
     return model
 
 

@@ -43,7 +43,7 @@ class FakeProcessor(FakeModel):
 
 def _save(version: str, out: Path, **kwargs) -> Path:
     model = FakeModel(version, **kwargs)
-    return save_folder(model, FakeProcessor(version), CARD, out, {"options.json": version})
+    return save_folder(model, FakeProcessor(version), CARD, out, {"distillation.json": version})
 
 
 def _loaded_version(out: Path) -> str | None:
@@ -51,7 +51,7 @@ def _loaded_version(out: Path) -> str | None:
     if not (out / "config.json").is_file():
         return None
     version = json.loads((out / "config.json").read_text())["version"]
-    for name in ("model.safetensors", "preprocessor_config.json", "options.json"):
+    for name in ("model.safetensors", "preprocessor_config.json", "distillation.json"):
         assert (out / name).read_text() == version, f"{name} is of another model"
     return version
 
@@ -60,7 +60,8 @@ def test_new_folder_holds_everything_and_nothing_else(tmp_path):
     out = _save("one", tmp_path / "deep" / "xmag")
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "options.json",
+        "config.json", "model.safetensors", "preprocessor_config.json", "README.md",
+        "distillation.json",
     }  # fmt: skip
     assert (out / "README.md").read_text() == CARD
     assert [path.name for path in out.parent.iterdir()] == ["xmag"]
@@ -251,25 +252,54 @@ def test_push_sends_the_model_and_not_the_run(tmp_path, api):
     upload = api.calls[2][2]
     assert upload["revision"] == "v1" and Path(upload["folder_path"]) == out
     # The Hub client's own filter decides what these patterns let through.
+    assert _sent(out, upload) == MODEL
+
+
+MODEL = {
+    "config.json", "model.safetensors", "preprocessor_config.json", "README.md",
+    "distillation.json",
+}  # fmt: skip
+
+
+def _sent(out: Path, upload: dict) -> set[str]:
+    """The files that the Hub client's own filter lets through."""
     files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
-    sent = set(
-        huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=upload["ignore_patterns"])
-    )
-    assert sent == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "README.md", "options.json",
-    }  # fmt: skip
+    patterns = {key: upload[key] for key in upload if key.endswith("_patterns")}
+    return set(huggingface_hub.utils.filter_repo_objects(files, **patterns))
 
 
-def test_push_leaves_other_weights_here(tmp_path, api):
+def test_push_leaves_other_weights_here(tmp_path, api, caplog):
     """A teacher's weights beside the student may be under a licence that keeps them private."""
-    (tmp_path / "pytorch_model_teacher.bin").write_text("x")
-    (tmp_path / "start.safetensors").write_text("x")
-    out = _save("one", tmp_path, weights=("model-00001-of-00001.safetensors",))
+    others = ("pytorch_model_teacher.bin", "start.safetensors", "teacher.pth", "start.pt",
+              "optimizer.npz", "uni2/model.safetensors", "uni2/pytorch_model.bin",
+              "uni2/config.json", "uni2/modeling.py", "patients.csv", "slides.json")  # fmt: skip
+    own = ("metrics.jsonl", "modeling_xmag.py", "NOTICE")
+    (tmp_path / "uni2").mkdir()
+    for name in (*others, *own):
+        (tmp_path / name).write_text("x")
+    weights = "model-00001-of-00001.safetensors"
+    out = _save("one", tmp_path, weights=(weights,))
     push_folder(out, "org/name")
-    patterns = api.calls[-1][2]["ignore_patterns"]
-    files = [path.name for path in out.iterdir()]
-    sent = set(huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=patterns))
-    assert sent == set(files) - {"pytorch_model_teacher.bin", "start.safetensors"}
+    assert _sent(out, api.calls[-1][2]) == MODEL - {"model.safetensors"} | {weights, *own}
+    for name in {Path(name).parts[0] for name in others}:
+        assert name in caplog.text
+    assert weights not in caplog.text
+
+
+def test_a_student_and_a_head_are_pushed_whole(tmp_path, api, caplog):
+    """Saved by the package itself: code, weights in parts and what lies beside them."""
+    from xmag_hf.modeling import XMAGABMILConfig, XMAGABMILModel
+
+    student = XMAGModel(XMAGConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    head = XMAGABMILModel(XMAGABMILConfig(embed_dim=6, hidden_dim=8, attention_dim=4))
+    for name, model, processor, more in (
+        ("student", student, XMAGImageProcessor(), "distillation.json"),
+        ("head", head, None, "training.json"),
+    ):
+        out = save_folder(model, processor, CARD, tmp_path / name, {more: "{}"})
+        push_folder(out, "org/name")
+        assert _sent(out, api.calls[-1][2]) == {path.name for path in out.iterdir()}
+    assert not caplog.text
 
 
 def test_push_does_not_publish_by_accident(tmp_path, api):
@@ -345,7 +375,7 @@ def test_every_file_is_as_readable_as_the_others(tmp_path: Path) -> None:
 
     narrow = XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     model = XMAGModel(narrow)
-    card = render_start_card("nothing", "xmag", model.num_parameters())
+    card = render_start_card("nothing", "xmag", model.num_parameters(), copied=False)
     folder = save_folder(model, image_processor_for(model), card, tmp_path / "xmag")
     plain = tmp_path / "plain"
     plain.write_text("")

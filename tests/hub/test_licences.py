@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xmag_hf.hub.licences import LICENCES, find_licence, student_licence
+from xmag_hf.hub.licences import LICENCES, LicenceError, find_licence, student_licence
 
 
 @pytest.mark.parametrize("key", [key for key in LICENCES if key.startswith("cc-by")])
@@ -86,6 +86,27 @@ def test_share_alike_never_hides_a_non_commercial_input():
     assert found.hub_id == "other"
 
 
+def test_a_student_of_free_inputs_is_itself_a_free_input():
+    """As start and as teacher, with the line that its config carries, also twice over."""
+    first = student_licence("Apache-2.0", "Apache-2.0", ["MIT"]).summary
+    second = student_licence(first, first, ["MIT"])
+    for found in (second, student_licence(second.summary, second.summary, ["CC0-1.0"])):
+        assert (found.hub_id, found.commercial, found.open_questions) == ("apache-2.0", True, ())
+        assert "Keep this model private" not in found.text
+
+
+def test_what_binds_a_student_binds_the_next():
+    """Share-alike is handed on, an open question stays open, and nobody knows more than before."""
+    shared = student_licence("CC-BY-SA-4.0", "MIT", ["MIT"]).summary
+    found = student_licence(shared, "none", ["MIT"])
+    assert (found.hub_id, found.commercial) == ("other", True) and "share-alike" in found.text
+    asked = student_licence("CC-BY-ND-4.0", "MIT", ["MIT"]).summary
+    assert asked.startswith("no restriction found")
+    assert student_licence(asked, "none", ["MIT"]).open_questions
+    unknown = student_licence(None, "MIT", ["MIT"]).summary
+    assert student_licence(unknown, "none", ["MIT"]).commercial is None
+
+
 def test_start_that_forbids_changes_is_refused():
-    with pytest.raises(ValueError, match="CC-BY-NC-ND-4.0.*Start from other weights"):
+    with pytest.raises(LicenceError, match="CC-BY-NC-ND-4.0.*Start from other weights"):
         student_licence("MIT", "CC-BY-NC-ND 4.0", ["MIT"])

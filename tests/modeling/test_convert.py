@@ -345,3 +345,97 @@ def test_command_writes_a_folder_that_auto_classes_load(tmp_path, capsys):
     with pytest.raises(SystemExit) as usage:
         main(["convert", str(tmp_path / "dinov2")])
     assert usage.value.code == 2
+
+
+def _dinov2(folder: Path, **config) -> Path:
+    """A DINOv2 of tiny's shape, as transformers saves it."""
+    shape = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3}
+    model = Dinov2Model(Dinov2Config(**(shape | {"image_size": 224, "patch_size": 14} | config)))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_attention_heads": 6}, "num_attention_heads 6, not 3"),
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new', not 'gelu'"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps 0.001, not 1e-06"),
+    ],
+)
+def test_what_shapes_do_not_tell_is_read_from_the_config(config, words, tmp_path, capsys):
+    """The tensors fit, and would compute something else."""
+    source = _dinov2(tmp_path / "dinov2", **config)
+    for given in (source, source / "model.safetensors"):
+        assert main(["convert", str(given), str(tmp_path / "out"), "--quiet"]) == 1
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _normalise(folder: Path, **more) -> None:
+    said = {"image_mean": [0.7, 0.6, 0.7], "image_std": [0.2, 0.3, 0.2], **more}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+
+
+def test_the_sources_normalisation_is_kept(tmp_path, capsys):
+    """Of transformers' DINOv2, of timm, and of an XMAG, which is copied and proves nothing."""
+    lite, timms, dinov2 = tmp_path / "lite", tmp_path / "timm", _dinov2(tmp_path / "dinov2")
+    build_student("lite", "random").save_pretrained(lite)
+    timms.mkdir()
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    save_file(network.state_dict(), timms / "model.safetensors")
+    pretrained = {"mean": [0.7, 0.6, 0.7], "std": [0.2, 0.3, 0.2]}
+    (timms / "config.json").write_text(json.dumps({"pretrained_cfg": pretrained}))
+    for source in (lite, dinov2):
+        _normalise(source)
+    for source in (lite, timms, dinov2):
+        out = tmp_path / f"{source.name}-out"
+        assert main(["convert", str(source), str(out)]) == 0
+        made = AutoImageProcessor.from_pretrained(out)
+        assert (made.image_mean, made.image_std) == ([0.7, 0.6, 0.7], [0.2, 0.3, 0.2])
+        copied = source == lite
+        assert ("checked" in capsys.readouterr().out) is not copied
+        assert ("checked" in (out / "README.md").read_text()) is not copied
+    _normalise(dinov2, rescale_factor=1.0)
+    assert main(["convert", str(dinov2), str(tmp_path / "no")]) == 1
+    assert "does not divide pixels by 255" in capsys.readouterr().err
+
+
+def test_the_sources_licence_goes_with_it(tmp_path):
+    source, start = _dinov2(tmp_path / "dinov2"), tmp_path / "start"
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert main(["convert", str(source), str(start), "--quiet"]) == 0
+    assert json.loads((start / "config.json").read_text())["licence"] == "apache-2.0"
+    assert "That of the source: apache-2.0." in (start / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_an_xmag_folder_with_a_file_cut_short(name, tmp_path, capsys):
+    source = tmp_path / "source"
+    build_student("tiny", "random").save_pretrained(source)
+    (source / name).write_bytes((source / name).read_bytes()[:200])
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"xmag convert: {source}" in error and "again" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("student", "init", "words"),
+    [
+        ("base", "imagenet", "--init imagenet exists for lite only"),
+        ("tiny", "dinov2", "--init dinov2 exists for base and small"),
+        ("tiny", "START", "CC-BY-NC-ND-4.0: it forbids sharing changed versions"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_line(student, init, words, tmp_path, capsys):
+    model = build_student("tiny", "random")
+    model.config.licence = "CC-BY-NC-ND 4.0"
+    model.save_pretrained(tmp_path / "START")
+    init = str(tmp_path / init) if init == "START" else init
+    code = main(
+        ["distill", "--data", "corpus", "--teacher", "random:tiny", "--student", student,
+         "--init", init, "--output-dir", str(tmp_path / "out")]
+    )  # fmt: skip
+    assert code == 1
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error

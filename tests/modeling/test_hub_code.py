@@ -1,5 +1,6 @@
 """The code that travels with the weights, in processes of its own: no xmag_hf, no prompt."""
 
+import ast
 import json
 import os
 import subprocess
@@ -184,8 +185,34 @@ def test_travelling_files_import_siblings_only(project_root):
     stays = {"__init__.py", "convert.py", "registration.py"}
     for path in folder.glob("*.py"):
         if path.name not in stays:
-            code = path.read_text(encoding="utf-8")
-            assert "import xmag_hf" not in code and "from xmag_hf" not in code, path.name
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                assert not _leaves_the_folder(node), f"{path.name}, line {node.lineno}"
+
+
+def _leaves_the_folder(node: ast.AST) -> bool:
+    """Whether it imports the package by name, or relatively anything but a sibling file."""
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom):
+        if node.level:
+            return node.level > 1 or node.module is None or "." in node.module
+        names = [node.module or ""]
+    return any(name.partition(".")[0] == "xmag_hf" for name in names)
+
+
+@pytest.mark.parametrize(
+    ("line", "leaves"),
+    [
+        ("import torch, xmag_hf.slides", True),
+        ("from xmag_hf import encoders", True),
+        ("from ..encoders import x", True),
+        ("from . import convert", True),
+        ("from .configuration_xmag import XMAGConfig", False),
+        ("import xmag_hferry; from transformers import AutoModel", False),
+    ],
+)
+def test_what_leaves_the_folder(line: str, leaves: bool):
+    """The rule itself, of which the travelling files show one side only."""
+    assert any(map(_leaves_the_folder, ast.walk(ast.parse(line)))) is leaves
 
 
 IMPORTABLE = ["xmag_hf", "xmag_hf.modeling", "xmag_hf.modeling.modeling_xmag"]

@@ -26,16 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Convert, save, say what was made."""
+    from xmag_hf.encoders import weights_licence
     from xmag_hf.hub.cards import render_start_card
     from xmag_hf.hub.folders import save_folder
-    from xmag_hf.modeling.convert import convert_checkpoint, image_processor_for
+    from xmag_hf.modeling.convert import (
+        convert_checkpoint,
+        image_processor_for,
+        is_xmag,
+        source_folder,
+    )
 
-    model = convert_checkpoint(args.source, args.size)
-    kind, count = model.config.model_type, model.num_parameters()
+    model, source = convert_checkpoint(args.source, args.size), source_folder(args.source)
+    licence = weights_licence(args.source) or (source and weights_licence(source))
+    model.config.licence = model.config.licence or licence
+    kind, count, copied = model.config.model_type, model.num_parameters(), is_xmag(source)
     local = Path(args.source)
-    card = render_start_card(local.name if local.exists() else args.source, kind, count)
-    folder = save_folder(model, image_processor_for(model), card, args.out, replace=False)
-    print(f"{folder}: {kind}, {count / 1e6:.1f}M parameters, checked against the source")
+    name = local.name if local.exists() else args.source
+    card = render_start_card(name, kind, count, model.config.licence, copied=copied)
+    folder = save_folder(model, image_processor_for(model, source), card, args.out, replace=False)
+    done = "an XMAG already, copied" if copied else "checked against timm's network"
+    print(f"{folder}: {kind}, {count / 1e6:.1f}M parameters, {done}")
     if not args.quiet:
         print(
             f'next: python -c "import xmag_hf; from transformers import AutoModel; '

@@ -112,8 +112,8 @@ def render_card(facts: CardFacts) -> str:
         README.md of its folder: YAML metadata as the Hub reads it, then Markdown.
 
     Raises:
-        ValueError: The start's licence forbids sharing changed versions, or an alignment row holds
-            a number that is none; the row is named.
+        LicenceError: The start's licence forbids sharing changed versions.
+        ValueError: An alignment row holds a number that is none; the row is named.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -150,13 +150,17 @@ def render_card(facts: CardFacts) -> str:
     return str(card)
 
 
-def render_start_card(source: str, model_type: str, parameters: int) -> str:
+def render_start_card(
+    source: str, model_type: str, parameters: int, licence: str | None = None, *, copied: bool
+) -> str:
     """Card of weights that were converted, not distilled.
 
     Args:
         source: Name of what was converted.
         model_type: `xmag` or `xmag_lite`.
         parameters: Number of weights.
+        licence: Of the source; None where nobody said.
+        copied: The source was an XMAG, so there was nothing to compare.
 
     Returns:
         README.md of the folder.
@@ -173,9 +177,10 @@ def render_start_card(source: str, model_type: str, parameters: int) -> str:
     )
     return (
         f"---\n{metadata}\n---\n\n# Converted weights\n\n"
-        f"`{source}` in the form of `{model_type}` ({parameters / 1e6:.1f}M parameters), checked "
-        "to compute the same. Nothing was trained: this is a start for `train_distill.py --init`, "
-        "or a released encoder under new names.\n\n## Licence\n\nThat of the source.\n"
+        f"`{source}` in the form of `{model_type}` ({parameters / 1e6:.1f}M parameters), "
+        f"{'which it was already' if copied else 'checked to compute the same'}. Nothing was "
+        "trained: this is a start for `train_distill.py --init`, or a released encoder under new "
+        f"names.\n\n## Licence\n\nThat of the source: {licence or 'not stated; see its page'}.\n"
     )
 
 

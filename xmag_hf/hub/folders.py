@@ -17,13 +17,16 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from xmag_hf.atomic_write import sync
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -35,7 +38,12 @@ WEIGHTS = (
 )
 # Models on embeddings: there are no pixels to process.
 WITHOUT_PROCESSOR = ("xmag_abmil", "xmag_mean_pool")
-NOT_PUSHED = ["checkpoints/*", "*.partial/*", ".*", "*/.*", "*.h5"]
+# All that a model has: its code, how it was trained, and notices that licences ask for. Whatever
+# else lies in the folder is somebody's own: a teacher's weights, a list of slides.
+PUSHED = (
+    *(CONFIG, PROCESSOR, CARD, *WEIGHTS, "*.py", "LICENSE*", "NOTICE*"),
+    *("distillation.json", "training.json", "metrics.jsonl"),
+)
 
 
 class PublishError(OSError):
@@ -115,7 +123,7 @@ def push_folder(
     private: bool = True,
     revision: str | None = None,
 ) -> str:
-    """Send a saved folder to the Hub, without checkpoints, caches, hidden files and other weights.
+    """Send the model in a saved folder to the Hub; other files and sub-folders stay, and are named.
 
     Args:
         folder: As `save_folder` wrote it.
@@ -138,6 +146,8 @@ def push_folder(
     if not folder.is_dir():
         raise PublishError(f"{folder}: no such folder, so there is nothing to push.")
     _check_complete(folder)
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    sent = [name for name in names if (folder / name).is_file() and _fits(name, PUSHED)]
     try:
         validate_repo_id(repo_id)
     except errors.HFValidationError as error:
@@ -158,7 +168,7 @@ def push_folder(
             folder_path=folder,
             revision=revision,
             commit_message="Upload model with xmag_hf",
-            ignore_patterns=[*NOT_PUSHED, *_other_weights(folder)],
+            allow_patterns=sent,
         )
     except errors.LocalTokenNotFoundError as error:
         raise PublishError(f"{repo_id}: {_log_in()}") from error
@@ -173,6 +183,9 @@ def push_folder(
             f"{repo_id}: the Hub could not be reached ({error}). The folder {folder} is complete; "
             "push it again when there is a network."
         ) from error
+    stay = [name for name in names if name not in sent]
+    if stay:
+        logger.warning("%s: not part of the model, so not pushed: %s", folder, ", ".join(stay))
     return getattr(commit, "commit_url", None) or str(repo)
 
 
@@ -232,13 +245,11 @@ def _write_extras(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _is_weights(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
+    return _fits(name, WEIGHTS)
 
 
-def _other_weights(folder: Path) -> list[str]:
-    """Weights beside the model's, a teacher's perhaps: whether these may be shared, nobody said."""
-    found = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return sorted(path.name for path in found if not _is_weights(path.name))
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_complete(folder: Path) -> None:

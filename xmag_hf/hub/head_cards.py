@@ -88,9 +88,11 @@ xmag predict BAGS_OR_SLIDES --head THIS_FOLDER --out predictions.csv
 import torch
 from transformers import AutoModel
 from xmag_hf.embedding import read_bag
+from xmag_hf.mil import check_bag
 
 head = AutoModel.from_pretrained("THIS_FOLDER", trust_remote_code=True).eval()
 bag = read_bag("SLIDE.h5")
+check_bag(head.config, bag)  # refuses a bag of another encoder or scale
 with torch.no_grad():
     output = head(torch.from_numpy(bag.features).float()[None])
 probabilities = output.logits.softmax(-1)  # (1, {len(facts.classes)})
@@ -99,7 +101,8 @@ attention = output.attentions  # (1, patches), sums to 1
 
 ## Bags it takes
 
-Bags that say anything else are refused by `xmag predict`; what is not stated cannot be checked.
+Bags that say anything else are refused by `xmag predict` and `check_bag`; what is not stated cannot
+be checked.
 
 {_pairs(_stated(facts.identity))}
 
@@ -134,11 +137,13 @@ def _cohorts(facts: HeadCardFacts) -> str:
 
 
 def _stated(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What bags say of themselves; a nominal magnification only where they say nothing better."""
-    shown = {k: "not stated" if v is None else v for k, v in identity.items()}
-    if identity.get("target_magnification") is None:
-        shown.pop("target_magnification", None)
-    return shown
+    """What bags say of themselves; some things only where they say them."""
+    rarely = ("target_magnification", "normalisation")
+    return {
+        name: "not stated" if value is None else value
+        for name, value in identity.items()
+        if value is not None or name not in rarely
+    }
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -17,6 +17,10 @@ DISTILLED = (
 )
 
 
+class LicenceError(ValueError):
+    """Terms that forbid what was asked; the message names them and the remedy."""
+
+
 @dataclass(frozen=True)
 class Licence:
     """What a licence asks, as far as this matters for weights made with its material.
@@ -67,6 +71,7 @@ LICENCES = {
         Licence("Research-use-only", "other", False, None, False, True, ""),
     )
 }  # fmt: skip
+ASK = "; see the card"  # in a summary: there are open questions
 # Other spellings, after _key.
 ALIASES = {
     "cc0": "cc0-1.0",
@@ -109,8 +114,12 @@ def find_licence(text: str | None) -> Licence:
     Returns:
         The row of `LICENCES`; for one that is not there, a row whose permissions are None.
     """
-    if (text or "").startswith("non-commercial"):  # what `StudentLicence.summary` says of one
-        return Licence(str(text), "other", False, None, False, True, "")
+    said = text or ""
+    if said.startswith("non-commercial"):  # what `StudentLicence.summary` says of one
+        return Licence(said, "other", False, None, False, True, "")
+    if said.startswith("no restriction found ("):  # likewise
+        shares = any(row.name in said for row in LICENCES.values() if row.share_alike)
+        return Licence(said, "other", True, None if ASK in said else True, shares, True, "")
     key = _key(text or "")
     known = LICENCES.get(ALIASES.get(key, key))
     return known or Licence(text or "not stated", "other", None, None, False, True, "")
@@ -135,13 +144,13 @@ def student_licence(
         Metadata and text. Apache-2.0 (this package's own) only if nothing stands against it.
 
     Raises:
-        ValueError: The start forbids changed versions, so the student may not be shared at all.
+        LicenceError: The start forbids changed versions, so the student may not be shared at all.
     """
     inputs = [("teacher", find_licence(teacher_licence))]
     if (start_licence or "").lower() != "none":
         start = find_licence(start_licence)
         if start.derivatives is False:
-            raise ValueError(
+            raise LicenceError(
                 f"Start under {start.name}: it forbids sharing changed versions, and a student is "
                 "one. Start from other weights (--init)."
             )
@@ -154,7 +163,7 @@ def student_licence(
     hub_id, name = _metadata(inputs, commercial, questions)
     parts = ", ".join(f"{role} {licence.name}" for role, licence in inputs)
     verdict = {True: "no restriction found", False: "non-commercial", None: "undetermined"}
-    summary = f"{verdict[commercial]} ({parts}{'; see the card' if questions else ''})"
+    summary = f"{verdict[commercial]} ({parts}{ASK if questions else ''})"
     text = _text(inputs, commercial, questions, hub_id)
     return StudentLicence(hub_id, name, commercial, questions, summary, text)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -31,6 +32,9 @@ DEFAULT_INIT = {"base": "dinov2", "small": "dinov2", "tiny": "random", "lite": "
 DINOV2_HUB_IDS = {"base": "facebook/dinov2-base", "small": "facebook/dinov2-small"}
 LITE_MEAN = LITE_STD = (0.5, 0.5, 0.5)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+XMAG_CLASSES = {"xmag": XMAGModel, "xmag_lite": XMAGLiteModel}
+# What a ViT computes with its tensors, and their shapes do not tell.
+UNTOLD = ("num_attention_heads", "hidden_act", "layer_norm_eps", "qkv_bias", "mlp_ratio")
 MAX_DIFFERENCE = 1e-4  # relative, fp32; rounding is about 1e-6, a wrong tensor above 1e-2
 
 # Largest part of a name that only one naming has -> naming. What stands before it is a prefix
@@ -82,12 +86,13 @@ def build_student(
         The encoder, float32, on the CPU.
 
     Raises:
-        ValueError: Unknown size, an init that this size does not have, or weights that do not fit.
+        CheckpointError: Unknown size, an init that this size does not have, or weights that do not
+            fit.
         OSError: Weights that cannot be fetched; the message names the remedy.
         ImportError: imagenet without the package that holds the weights.
     """
     if size not in DEFAULT_INIT:
-        raise ValueError(f"student size {size!r} is not one of {', '.join(DEFAULT_INIT)}.")
+        raise CheckpointError(f"student size {size!r} is not one of {', '.join(DEFAULT_INIT)}.")
     init = DEFAULT_INIT[size] if init is None else init
     config: XMAGBaseConfig
     if size == "lite":
@@ -98,14 +103,14 @@ def build_student(
         return _new_model(config)
     if init == "imagenet":
         if size != "lite":
-            raise ValueError(
+            raise CheckpointError(
                 f"--init imagenet exists for lite only, not for {size}: there is no ViT with 14 px "
                 f"patches trained on ImageNet alone. Use --init {DEFAULT_INIT[size]} or a PATH."
             )
         return _convert_lite(efficientnet_lite0_state_dict(), "EfficientNet-Lite0", drop_path_rate)
     if init == "dinov2":
         if size not in DINOV2_HUB_IDS:
-            raise ValueError(
+            raise CheckpointError(
                 f"--init dinov2 exists for base and small, not for {size}: DINOv2 has no model of "
                 f"that shape. Use --init {DEFAULT_INIT[size]} or a PATH."
             )
@@ -114,7 +119,7 @@ def build_student(
 
 
 def convert_checkpoint(source: str | Path, size: str | None = None) -> XMAGModel | XMAGLiteModel:
-    """Convert weights to XMAG, and prove that they compute the same.
+    """Convert weights to XMAG, and prove that they compute the same; an XMAG is taken as it is.
 
     Args:
         source: A folder or Hub id with transformers' DINOv2 names (facebook/dinov2-base) or an
@@ -128,8 +133,8 @@ def convert_checkpoint(source: str | Path, size: str | None = None) -> XMAGModel
         The encoder, float32, on the CPU, with a 16 x 16 position embedding.
 
     Raises:
-        CheckpointError: Unknown naming, missing or unknown keys (listed), another size, or outputs
-            that differ from the source's.
+        CheckpointError: Unknown naming, missing or unknown keys (listed), another size, a config
+            that says what no XMAG is, outputs that differ from the source's, or a damaged file.
         WeightsUnavailableError: The source cannot be read or fetched; the remedy is named.
     """
     return _convert(source, size, 0.0)
@@ -205,35 +210,66 @@ def efficientnet_lite0_state_dict() -> dict[str, Tensor]:
     return renamed
 
 
-def image_processor_for(model_or_config: Any) -> XMAGImageProcessor:
+def source_folder(source: str | Path) -> Path | None:
+    """Where the config and image processor of a source lie; None of a lone file or `timm:NAME`."""
+    path = _locate(str(source))
+    if path is None or path.is_dir():
+        return path
+    return path.parent if path.name in WEIGHT_FILES else None
+
+
+def is_xmag(folder: Path | None) -> bool:
+    """Whether a `source_folder` holds an XMAG, by its config."""
+    return _read_facts(folder, "config.json").get("model_type") in XMAG_CLASSES
+
+
+def image_processor_for(model_or_config: Any, folder: Path | None = None) -> XMAGImageProcessor:
     """The image processor that belongs to an XMAG or XMAG-lite model or configuration.
 
-    ImageNet mean and standard deviation for the ViTs, 0.5 and 0.5 for lite; size and scale of the
-    configuration.
+    Args:
+        model_or_config: Gives size and scale.
+        folder: The `source_folder` of a converted model, whose mean and standard deviation it
+            keeps. Without, or where it says none: ImageNet's for the ViTs, 0.5 for lite.
+
+    Returns:
+        The image processor.
+
+    Raises:
+        CheckpointError: The source's is damaged, or does not scale pixels by 1/255.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    shape = {"size": config.image_size, "target_mpp": config.mpp}
+    pixels: dict[str, Any] = {}
     if isinstance(config, XMAGLiteConfig):
-        return XMAGImageProcessor(image_mean=LITE_MEAN, image_std=LITE_STD, **shape)
-    return XMAGImageProcessor(**shape)
+        pixels = {"image_mean": LITE_MEAN, "image_std": LITE_STD}
+    timms = _read_facts(folder, "config.json").get("pretrained_cfg", {})
+    said = {f"image_{name}": timms[name] for name in ("mean", "std") if name in timms}
+    said |= _read_facts(folder, "preprocessor_config.json")
+    steps = [said.get("do_rescale", True), said.get("do_normalize", True)]
+    if not all(steps) or abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+        raise CheckpointError(
+            f"{folder}: its preprocessor_config.json does not divide pixels by 255 and normalise "
+            "them, as XMAG's does. Convert the weights without it if you know that they want this."
+        )
+    pixels |= {name: said[name] for name in ("image_mean", "image_std") if name in said}
+    return XMAGImageProcessor(size=config.image_size, target_mpp=config.mpp, **pixels)
 
 
 def _convert(
     source: str | Path, size: str | None, drop_path_rate: float
 ) -> XMAGModel | XMAGLiteModel:
     if size is not None and size not in DEFAULT_INIT:
-        raise ValueError(f"size {size!r} is not one of {', '.join(DEFAULT_INIT)}.")
+        raise CheckpointError(f"size {size!r} is not one of {', '.join(DEFAULT_INIT)}.")
     subject = str(source)
-    path = _locate(subject)
-    model_type = _model_type(path)
-    if path is not None and model_type in ("xmag", "xmag_lite"):
-        model = _load_xmag(path, model_type, drop_path_rate)
+    path, folder = _locate(subject), source_folder(source)
+    said = _read_facts(folder, "config.json")
+    if path is not None and path == folder and said.get("model_type") in XMAG_CLASSES:
+        model = _load_xmag(path, said["model_type"], drop_path_rate)
     else:
         naming, tensors = _recognise(_read_tensors(subject, path), subject)
         if naming == "lite":
             model = _convert_lite(tensors, subject, drop_path_rate)
         else:
-            model = _convert_vit(tensors, naming, subject, drop_path_rate)
+            model = _convert_vit(tensors, naming, subject, drop_path_rate, said)
     found = _size_of(model.config)
     if size is not None and size != found:
         raise CheckpointError(f"{subject}: its tensors are {found}, but size {size} was asked for.")
@@ -265,12 +301,17 @@ def _locate(source: str) -> Path | None:
     return path if path.exists() else _fetch(source)
 
 
-def _model_type(path: Path | None) -> str | None:
-    """What config.json beside the weights calls the model, if there is one."""
-    config = None if path is None else path / "config.json"
-    if config is None or not config.is_file():
-        return None
-    return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+def _read_facts(folder: Path | None, name: str) -> dict[str, Any]:
+    """A JSON file beside the weights; empty if there is none."""
+    if folder is None or not (folder / name).is_file():
+        return {}
+    try:
+        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / name}: is no readable JSON ({error}); cut short? Copy or save the model "
+            "again."
+        ) from error
 
 
 def _read_tensors(source: str, path: Path | None) -> dict[str, Tensor]:
@@ -280,14 +321,14 @@ def _read_tensors(source: str, path: Path | None) -> dict[str, Tensor]:
 
 
 def _fetch(repository: str) -> Path:
-    """Download config and weights of a Hub repository; only what is needed."""
+    """Download configs, page and weights of a Hub repository; only what is needed."""
     from huggingface_hub import snapshot_download
 
     looks_local = repository.startswith((".", "/", "~")) or repository.count("/") > 1
     try:
         if looks_local:
             raise FileNotFoundError(repository)
-        patterns = ["config.json", "model*.safetensors*", "pytorch_model.bin"]
+        patterns = ["*config.json", "README.md", "model*.safetensors*", "pytorch_model.bin"]
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise WeightsUnavailableError(
@@ -346,11 +387,17 @@ def _read_timm(name: str) -> dict[str, Tensor]:
 
 def _load_xmag(folder: Path, model_type: str, drop_path_rate: float) -> XMAGModel | XMAGLiteModel:
     """An XMAG folder or repository, refused where from_pretrained would fill gaps at random."""
-    model_class = XMAGLiteModel if model_type == "xmag_lite" else XMAGModel
-    loaded: Any = model_class.from_pretrained(
-        folder, drop_path_rate=drop_path_rate, dtype=torch.float32, output_loading_info=True
-    )
-    model, report = loaded
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    try:
+        model, report = XMAG_CLASSES[model_type].from_pretrained(
+            folder, drop_path_rate=drop_path_rate, **options
+        )
+    # A file cut short is a SafetensorError, weights of other shapes a RuntimeError.
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: no {model_type} there that loads ({str(error).splitlines()[0]}). Copy or "
+            "save the model again."
+        ) from error
     _refuse_gaps(str(folder), report["missing_keys"], [])
     return model.eval()
 
@@ -405,12 +452,27 @@ def _to_xmag_names(tensors: Mapping[str, Tensor], naming: str) -> dict[str, Tens
 
 
 def _convert_vit(
-    tensors: dict[str, Tensor], naming: str, source: str, drop_path_rate: float
+    tensors: dict[str, Tensor],
+    naming: str,
+    source: str,
+    drop_path_rate: float,
+    said: Mapping[str, Any],
 ) -> XMAGModel:
     # Trained with masked patches; encoding never uses it.
     tensors = {k: t.float() for k, t in tensors.items() if not k.endswith("mask_token")}
     renamed = _to_xmag_names(tensors, naming)
-    config = XMAGConfig(_infer_size(renamed, source), drop_path_rate=drop_path_rate)
+    size = _infer_size(renamed, source)
+    config = XMAGConfig(size, drop_path_rate=drop_path_rate)
+    other = [
+        f"{name} {said[name]!r}, not {getattr(config, name)!r}"
+        for name in UNTOLD
+        if name in said and said[name] != getattr(config, name)
+    ]
+    if other:
+        raise CheckpointError(
+            f"{source}: its tensors have the shapes of {size}, but its config.json says "
+            f"{'; '.join(other)}: XMAG would compute something else. Start from other weights."
+        )
     position = "embeddings.position_embeddings"
     if position in renamed:
         grid = config.image_size // config.patch_size
