@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -113,6 +114,13 @@ def main() -> None:
     encoder = load_encoder(args.encoder)
     squares, malignant, patients = read_glas(args.glas)
     (args.out / "draws").mkdir(parents=True, exist_ok=True)
+    known = repr((malignant.tolist(), patients.tolist())).encode()
+    made_with = {
+        "options": options_of(args),
+        "encoder_revision": encoder.revision,
+        "images": hashlib.sha256(squares.tobytes() + known).hexdigest()[:16],
+    }
+    refuse_others(args.out / "draws", made_with)
     probe = slide_model(encoder, 0)
     states = in_chunks(probe.frozen, normalised(squares, encoder))
     with torch.no_grad():
@@ -121,9 +129,7 @@ def main() -> None:
     frozen, both = MODELS[:-1], MODELS
     for draw, wanted in [(k, frozen) for k in range(args.draws)] + [(k, both) for k in range(last)]:
         path = args.out / "draws" / f"draw-{draw}.json"
-        record = json.loads(path.read_text()) if path.exists() else {"models": {}}
-        if record.get("options", options_of(args)) != options_of(args):
-            raise SystemExit(f"{path} is of other options: {record['options']}. Remove it.")
+        record = json.loads(path.read_text()) if path.exists() else made_with | {"models": {}}
         if set(wanted) <= record["models"].keys():
             continue
         train, test = draw_bags(args, malignant, patients, draw)
@@ -132,8 +138,20 @@ def main() -> None:
     summarise(args, encoder)
 
 
+def refuse_others(folder: Path, made_with: dict[str, Any]) -> None:
+    """Refuse draws of other options, weights or images; older records lack the last."""
+    for path in sorted(folder.glob("draw-*.json")):
+        record = json.loads(path.read_text())
+        for name, value in made_with.items():
+            if record.get(name, value) != value:
+                raise SystemExit(
+                    f"{path}: {name} {record[name]!r}, and now {value!r}. Choose another --out, or "
+                    f"remove {folder}."
+                )
+
+
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a draw depends on."""
+    """What a draw depends on, beside the encoder's weights and the images."""
     skipped = ("glas", "out", "draws", "e2e_draws", "samples", "encoder")
     return {name: value for name, value in vars(args).items() if name not in skipped}
 
@@ -243,8 +261,6 @@ def run_draw(
         keep(record, "end to end", model, states, train, test, plan, seed + 1)
     else:
         record |= {
-            "options": options_of(args),
-            "encoder_revision": encoder.revision,
             "labels": test.labels.tolist(),
             "malignant": test.malignant.astype(int).tolist(),
             "groups": test.groups.tolist(),

@@ -16,12 +16,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixed_rows import refuse_mixed
 from PIL import Image
 
 from xmag_hf.encoders import Encoder, load_encoder
@@ -120,7 +120,7 @@ def main() -> None:
         for (row, seed), folder in folders.items():
             train(args, row, seed, folder)
     trained = {key: f for key, f in folders.items() if (f / "distillation.json").exists()}
-    refuse_mixed(trained.values())
+    refuse_mixed({f: [*STUDENTS[row], "--seed"] for (row, _), f in trained.items()})
     rows = reference_rows(args) | {
         row: [f for (r, _), f in trained.items() if r == row] for row in args.rows
     }
@@ -150,19 +150,6 @@ def train(args: argparse.Namespace, row: str, seed: int, folder: Path) -> None:
     print("+", " ".join(command), flush=True)
     subprocess.run(command, check=True)
     print(f"{row}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
-
-
-def refuse_mixed(folders: Iterable[Path]) -> None:
-    """Refuse students of several corpora or lengths: what they are compared for is the rest."""
-    first: dict[str, Any] = {}
-    for folder in folders:
-        run = json.loads((folder / "distillation.json").read_text())["run"]
-        facts = {name: run["options"][name] for name in ("epochs", "teacher", "student", "holdout")}
-        facts["corpus"] = run["corpus_fingerprint"]
-        first = first or facts
-        told = [f"{k} {v!r} and {first[k]!r}" for k, v in facts.items() if first[k] != v]
-        if told:
-            raise SystemExit(f"{folder}: not of this study: {'; '.join(told)}. Move it away.")
 
 
 def reference_rows(args: argparse.Namespace) -> dict[str, list[Any]]:

@@ -5,7 +5,7 @@ the 4 x 4 grid, from sixteen passes over the 20x pixels and over the enlarged 5x
 nuclei as pathologists named them, and number, crowding and size of all nuclei. Size is measured in
 the 20x image, no pathologist drew it. Runs after magnification.py, on its features.
 
-    python studies/nuclei_yardsticks.py --glas glas --crchisto crchisto --out study
+    python studies/nuclei_yardsticks.py --glas glas --crchisto crchisto --out study --score-only
 """
 
 from __future__ import annotations
@@ -47,14 +47,16 @@ def main() -> None:
     keep_freed_memory()
     args = magnification.parse()
     ids, truth = measured_cells(args)
-    predictions = {name: predicted(args, name, ids, truth) for name in ROWS}
+    blocks = magnification.field_blocks(args, ids)
+    units = ids if blocks is None else blocks
+    predictions = {name: predicted(args, name, units, truth) for name in ROWS}
     metric = partial(mean_over_repeats, spearman)
     found: list[dict[str, Any]] = []
     for kind, counts in truth.items():
         values = np.log1p(counts)
         test = bootstrap_test(
             metric, values, predictions["teacher at 20x"][kind],
-            predictions["teacher on enlarged 5x"][kind], clusters=ids, samples=args.samples,
+            predictions["teacher on enlarged 5x"][kind], clusters=units, samples=args.samples,
         )  # fmt: skip
         scores = {name: metric(values, predictions[name][kind]) for name in ROWS}
         found.append({"measure": kind, "scores": scores} | vars(test))
@@ -134,7 +136,7 @@ def cell_measures(area: np.ndarray, neighbour: np.ndarray) -> list[int]:
 
 
 def predicted(
-    args: Any, name: str, ids: np.ndarray, truth: dict[str, np.ndarray]
+    args: Any, name: str, units: np.ndarray, truth: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Out-of-fold predictions of each measure, (m, repeats), each with a penalty of its own."""
     mpp, enlarged = ROWS[name]
@@ -143,7 +145,7 @@ def predicted(
     options = {"cache_dir": args.out / "features", "max_enlarge": 4.2 if enlarged else 1.25}
     x, _ = embed_cells(fields, load_encoder(spec), mpp, **options)["all"]
     return {
-        kind: count_probe(x, counts[:, None], groups=ids)[:, :, 0].T
+        kind: count_probe(x, counts[:, None], groups=units)[:, :, 0].T
         for kind, counts in truth.items()
     }
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mixed_rows import refuse_mixed
 
 ROOT = Path(__file__).parents[1]
 PLAIN, AGAIN = "plain recipe", "plain recipe, another seed"
@@ -61,7 +62,7 @@ def main() -> None:
         for row in args.rows:
             train(args, row)
     found = {row: read(args.out / folder_name(row)) for row in ROWS}
-    refuse_mixed({row: args.out / folder_name(row) for row, lines in found.items() if lines})
+    refuse_mixed({args.out / folder_name(row): ROWS[row] for row in found if found[row]})
     if not any(found.values()):
         raise SystemExit(f"{args.out}: no row is finished; leave --score-only out")
     results = summarise({row: scored for row, scored in found.items() if scored})
@@ -98,22 +99,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """A student's scores on the held-out parts; none if it is not finished."""
     path = folder / "distillation.json"
     return json.loads(path.read_text())["alignment"] if path.exists() else []
-
-
-def refuse_mixed(folders: dict[str, Path]) -> None:
-    """Refuse rows that differ in more than what their own options say."""
-    first: dict[str, Any] = {}
-    for row, folder in folders.items():
-        run = json.loads((folder / "distillation.json").read_text())["run"]
-        own = {name[2:].replace("-", "_") for name in ROWS[row] if name.startswith("--")}
-        facts = run["options"] | {"corpus": run["corpus_fingerprint"]}
-        facts = {key: value for key, value in facts.items() if key not in own}
-        for key, value in facts.items():
-            if first.setdefault(key, (row, value))[1] != value:
-                raise SystemExit(
-                    f"{folder}: {key} {value!r}, and {first[key][1]!r} in {first[key][0]!r}. "
-                    "Rows of one table differ in their own option only: choose another --out."
-                )
 
 
 def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
