@@ -102,6 +102,73 @@ def test_one_bad_file_does_not_stop_the_rest(tmp_path, bags, capsys):
     assert len(list((tmp_path / "c" / "pt_files").iterdir())) == 2
 
 
+def test_one_damaged_file_of_stamp_does_not_stop_the_rest(tmp_path, bags, capsys):
+    there = tmp_path / "stamp"
+    assert main(["bags", "export", str(bags), "--to", "stamp", "--out", str(there)]) == 0
+    with h5py.File(there / "s0.h5", "r+") as file:
+        file.attrs["tile_size_px"] = "224 px"
+    command = ["bags", "import", str(there), "--from", "stamp", "--mpp0", "0.25"]
+    assert main([*command, "--out", str(tmp_path / "back")]) == 1
+    printed = capsys.readouterr().out
+    assert f"failed: {there / 's0.h5'}" in printed and "1 of 2 bags" in printed
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["s1.h5"]
+
+
+def test_stamp_s_name_of_the_encoder_is_told_and_can_be_overruled(tmp_path, bags, capsys):
+    there = tmp_path / "stamp"
+    assert main(["bags", "export", str(bags), "--to", "stamp", "--out", str(there)]) == 0
+    for path in there.iterdir():
+        with h5py.File(path, "r+") as file:
+            file.attrs["extractor"] = "mahmood-uni2"
+    command = ["bags", "import", str(there), "--from", "stamp", "--mpp0", "0.25"]
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "a")]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "mahmood-uni2" in line]
+    assert len(told) == 1 and "as STAMP calls it" in told[0] and "--encoder" in told[0]
+    assert read_bag(tmp_path / "a" / "s0.h5").info.encoder == "mahmood-uni2"
+    assert main([*command, "--out", str(tmp_path / "b"), "--encoder", "uni2-h"]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "mahmood-uni2" in line]
+    assert told == ["encoder: uni2-h, as given; STAMP calls it 'mahmood-uni2'"]
+    assert read_bag(tmp_path / "b" / "s0.h5").info.encoder == "uni2-h"
+
+
+ACTIONS = [["export", "--to"], ["import", "--from"]]
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=["export", "import"])
+@pytest.mark.parametrize("layout", ["trident", "clam"])
+def test_two_files_of_one_name_are_refused(tmp_path, bags, action, layout, capsys):
+    """One of them would be left."""
+    other, out = tmp_path / "other" / "s1.h5", tmp_path / "out"
+    other.parent.mkdir()
+    other.write_bytes((bags / "s1.h5").read_bytes())
+    verb, option = action
+    command = ["bags", verb, str(bags), str(other), option, layout, "--out", str(out)]
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--overwrite"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert str(bags / "s1.h5") in said and str(other) in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=["export", "import"])
+@pytest.mark.parametrize("layout", ["trident", "clam"])
+def test_an_output_where_an_input_is_is_refused(tmp_path, bags, action, layout, capsys):
+    verb, option = action
+    inside = bags
+    if (verb, layout) == ("export", "clam"):  # writes a folder deeper
+        bags, inside = bags.rename(tmp_path / "h5_files"), tmp_path
+    before = {path.name: path.read_bytes() for path in bags.iterdir()}
+    (tmp_path / "link").symlink_to(inside)
+    for out in (inside, tmp_path / "link"):
+        with pytest.raises(SystemExit) as caught:
+            main(["bags", verb, str(bags), option, layout, "--out", str(out), "--overwrite"])
+        assert caught.value.code == 2
+        assert "Choose another --out" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in bags.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["export"], ["export", "--from", "clam"], ["import", "--to", "clam", "--from", "clam"]],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from xmag_hf.embedding import Bag, BagError, BagInfo, read_bag, write_bag
+from xmag_hf.embedding.bag import read_info
 
 INFO = BagInfo(
     encoder="xmag/base",
@@ -161,6 +162,8 @@ def test_what_is_no_bag(tmp_path, bag):
         "without": {"features": arrays["features"]},
         "short": arrays | {"coords": np.ones((2, 2), np.int64)},
         "flat": arrays | {"features": np.ones(3, np.float32)},
+        "deep": arrays | {"features": np.ones((2, 3, 2), np.float32)},
+        "coords": arrays | {"coords": np.ones(3, np.int64)},
         "words": arrays | {"features": np.full((3, 2), b"a")},
     }
     for name, data in wrong.items():
@@ -169,6 +172,8 @@ def test_what_is_no_bag(tmp_path, bag):
                 file[key] = array
         with pytest.raises(BagError, match="features|coords"):
             read_bag(tmp_path / f"{name}.h5")
+        with pytest.raises(BagError, match=f"{name}.h5: .*(features|coords)"):
+            read_info(tmp_path / f"{name}.h5")
     with pytest.raises(FileNotFoundError):
         read_bag(tmp_path / "absent.h5")
 

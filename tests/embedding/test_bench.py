@@ -15,11 +15,12 @@ from xmag_hf.cli.main import main
 from xmag_hf.embedding.bench import (
     PAPER,
     BenchOptions,
+    bench,
     flops_per_patch,
     matrix_product_rate,
     time_encoders,
 )
-from xmag_hf.embedding.options import EmbedError
+from xmag_hf.embedding.options import EmbedError, EmbedOptions
 from xmag_hf.encoders import load_encoder
 
 
@@ -51,6 +52,45 @@ def test_encoders_that_sleep():
         assert timing.slide_seconds == pytest.approx(100 * timing.seconds / 6)
         assert timing.share == pytest.approx(timing.gflops * 1e9 / rate * 6 / timing.seconds)
     assert timings[0].seconds < timings[1].seconds
+
+
+def test_each_encoder_gets_its_own_size():
+    """56 px, then 28: neither can take the other's pixels."""
+    sizes: list[list[tuple[int, ...]]] = [[], []]
+    rows = []
+    for px, seen in zip((56, 28), sizes, strict=True):
+        encoder = mean_colour(input_px=px)
+        plain = encoder.model.forward_features
+
+        def noted(images: torch.Tensor, seen=seen, plain=plain) -> torch.Tensor:
+            seen.append(tuple(images.shape[1:]))
+            return plain(images)
+
+        encoder.model.forward_features = noted
+        rows.append((f"{px} px", encoder, None, None))
+    timings, _ = time_encoders(rows, sample=3, rounds=1, batch_size=2)
+    assert [timing.name for timing in timings] == ["56 px", "28 px"]
+    assert [set(seen) for seen in sizes] == [{(3, 56, 56)}, {(3, 28, 28)}]
+
+
+@pytest.mark.parametrize(
+    ("mpp", "given", "patches"),
+    [
+        (2.0, {}, 554),
+        (0.5, {}, None),  # a 20x encoder
+        (2.0, {"mpp": 1.0}, None),
+        (2.0, {"overlap": 56}, None),
+        (0.5, {"mpp": 2.0}, 554),
+    ],
+)
+def test_the_paper_s_count_is_of_the_paper_s_patches(monkeypatch, mpp, given, patches):
+    """The 554 of a slide are of 224 px at 2.0 um/px, edge to edge; at 0.5 there are 16 times."""
+    monkeypatch.setattr("xmag_hf.embedding.bench.time_slides", lambda *args, **options: ())
+    monkeypatch.setattr("xmag_hf.embedding.bench.paper_rows", lambda *args: [])
+    options, what = EmbedOptions(batch_size=1, **given), BenchOptions(sample=1, rounds=1)
+    (row,) = bench([], mean_colour(mpp=mpp), options, what).encoders
+    assert row.patches == patches
+    assert (row.slide_seconds is None) == (patches is None)
 
 
 def test_matrix_products_are_counted_as_numpy_takes_time_for_them():

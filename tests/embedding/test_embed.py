@@ -210,6 +210,7 @@ def test_a_finished_slide_is_left_alone_only_if_it_is_the_same(tmp_path, slide, 
     refused("encoder 'mean-colour' there, 'uni' asked", mean_colour(name="uni"))
     refused("encoder_revision", mean_colour(revision="sha256:ffffffffffffffff"))
     refused("pooling", mean_colour(pooling="cls"))
+    refused("normalisation 'rgb/255 mean=(0.0", mean_colour(mean=(0.5, 0.5, 0.5)))
     half = mean_colour()
     half.precision = "bf16"
     refused("precision 'fp32' there, 'bf16' asked", half)
@@ -224,6 +225,10 @@ def test_a_finished_slide_is_left_alone_only_if_it_is_the_same(tmp_path, slide, 
     geojson.write_text("{}")
     refused("tissue 'satur", source=SlideSource(own, tissue_geojson=geojson))
     assert (out / "own.h5").stat().st_mtime_ns == stamp
+    bag = read_bag(out / "own.h5")  # made before the normalisation was written down
+    older = dataclasses.replace(bag.info, normalisation=None)
+    write_bag(out / "own.h5", dataclasses.replace(bag, info=older))
+    assert statuses(embed_slides(sources, out, encoder, OPTIONS)) == {"own": "present"}
     write_tiff(own, [tissue[100:]], mpp=0.5)
     refused("slide_sha256_head")
     bag = read_bag(out / "own.h5")
@@ -319,6 +324,55 @@ def test_a_summary_of_another_version_is_no_obstacle(tmp_path, slide, encoder):
     (out / "summary.json").write_text('{"records": [{"slide_id": "tissue", "status": "ok"}]}')
     summary = embed_slides([SlideSource(slide)], out, encoder, OPTIONS)
     assert statuses(summary) == {"tissue": "present"}
+
+
+def _lines(out: Path) -> dict[str, dict]:
+    content = json.loads((out / "summary.json").read_text())
+    lines = {line["slide_id"]: line for line in content["records"]}
+    assert sum(content["slides"].values()) == len(lines) == len(content["records"])
+    assert content["patches"] == sum(line["patches"] for line in lines.values())
+    with (out / "summary.csv").open(newline="") as file:
+        table = {line["slide_id"]: line["status"] for line in csv.DictReader(file)}
+    assert table == {name: line["status"] for name, line in lines.items()}
+    return lines
+
+
+def test_the_summary_keeps_lines_of_slides_that_are_not_of_the_run(tmp_path, slide, encoder):
+    """A part of the list on each of several machines, or one slide more later."""
+    out = tmp_path / "out"
+    first = [SlideSource(slide, "a"), SlideSource(tmp_path / "absent.svs", "b")]
+    embed_slides(first, out, encoder, OPTIONS)
+    before = _lines(out)
+    assert before["a"]["tissue_mm2"] > 0 and before["b"]["reason"]
+    summary = embed_slides([SlideSource(slide, "c")], out, encoder, OPTIONS)
+    assert statuses(summary) == {"c": "ok"}  # what this run is told about
+    after = _lines(out)
+    assert {name: after[name] for name in "ab"} == before
+    assert after["c"]["seconds"]["encode"] > 0
+    (out / "a.h5").unlink()
+    embed_slides([SlideSource(slide, "c")], out, encoder, OPTIONS)
+    assert {name: line["status"] for name, line in _lines(out).items()} == {
+        "b": "failed",
+        "c": "present",
+    }
+
+
+def test_an_interrupted_run_keeps_the_lines_of_slides_it_did_not_reach(tmp_path, slide, encoder):
+    out = tmp_path / "out"
+    sources = [SlideSource(slide, name) for name in "abc"]
+    embed_slides(sources, out, encoder, OPTIONS)
+    before = _lines(out)
+    (out / "c.h5").unlink()
+
+    def interrupt(state) -> None:
+        if state.slides_done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_slides(sources, out, encoder, OPTIONS, progress=interrupt)
+    after = _lines(out)
+    assert after.pop("a") == before.pop("a") | {"status": "present"}
+    assert after == before
 
 
 def test_a_lock_of_a_dead_process_and_its_leavings_are_cleared(tmp_path, slide, encoder):

@@ -117,6 +117,45 @@ def test_stamp_files_that_cannot_be_bags(tmp_path):
         import_bag(tmp_path / "other.h5", "stamp", mpp0=0.5)
 
 
+def test_damage_in_one_of_stamp_s_files_is_named(tmp_path):
+    """HDF5's checksum finds it; h5py alone raises OSError without the path."""
+    path = tmp_path / "s1.h5"
+    with h5py.File(path, "w") as file:
+        feats = np.ones((8, 4), np.float16)
+        file.create_dataset("feats", data=feats, chunks=feats.shape, fletcher32=True)
+        file["coords"] = np.zeros((8, 2), np.float32)
+        file.attrs["unit"] = "um"
+        offset = file["feats"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(BagError, match=r"s1\.h5: damaged"):
+        import_bag(path, "stamp", mpp0=0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tile_size_px": "224 px"}, {"tile_size_px": 0}, {"tile_size_um": np.nan}],
+    ids=["words", "zero", "nan"],
+)
+def test_sizes_of_stamp_that_are_no_numbers(tmp_path, bag, wrong):
+    export_bag(bag, tmp_path, "stamp")
+    with h5py.File(tmp_path / "case-1.svs.h5", "r+") as file:
+        file.attrs.update(wrong)
+    with pytest.raises(BagError, match=r"case-1\.svs\.h5: .*(224 px|tile_size)"):
+        import_bag(tmp_path / "case-1.svs.h5", "stamp", mpp0=0.2524)
+
+
+def test_an_encoder_that_is_given_wins_over_stamp_s_name(tmp_path, bag):
+    stamps = dataclasses.replace(bag, info=dataclasses.replace(INFO, encoder="mahmood-uni2"))
+    export_bag(stamps, tmp_path, "stamp")
+    path = tmp_path / "case-1.svs.h5"
+    assert import_bag(path, "stamp", mpp0=0.2524).info.encoder == "mahmood-uni2"
+    assert import_bag(path, "stamp", mpp0=0.2524, encoder="uni2-h").info.encoder == "uni2-h"
+    with pytest.raises(BagError, match="patch_px 256, but 224"):  # anything else is still refused
+        import_bag(path, "stamp", mpp0=0.2524, encoder="uni2-h", patch_px=224)
+
+
 def test_what_cannot_be_exported(tmp_path, bag):
     bare = dataclasses.replace(bag, info=BagInfo())
     with pytest.raises(BagError, match="lacks mpp"):

@@ -42,6 +42,7 @@ class BagInfo:
         encoder_commit: Of the Hub repository that they came from. Information only: a change of
             its page makes another commit of the same weights.
         pooling: `cls`, `mean`, `cls+mean`, or `model` (whatever the model returns).
+        normalisation: What was done to pixels, as `Encoder.normalisation`.
         precision: The encoder ran in.
         mpp: um/px of the patches.
         patch_px: Side of a patch, px at `mpp`.
@@ -68,6 +69,7 @@ class BagInfo:
     encoder_revision: str | None = None
     encoder_commit: str | None = None
     pooling: str | None = None
+    normalisation: str | None = None
     precision: str | None = None
     mpp: float | None = None
     patch_px: int | None = None
@@ -96,8 +98,9 @@ class BagInfo:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What heads and resumed runs compare."""
-        return {name: getattr(self, name) for name in (*IDENTITY, "target_magnification")}
+        """What heads and resumed runs compare, by `not_the_same`."""
+        names = (*IDENTITY, "normalisation", "target_magnification")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def width_level0(self) -> float | None:
@@ -105,6 +108,16 @@ class BagInfo:
         if self.mpp and self.mpp0 and self.patch_px:
             return self.patch_px * self.mpp / self.mpp0
         return self.patch_size_level0
+
+
+def not_the_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names under which two identities differ; a normalisation that one does not say is no other.
+
+    Bags of other programs do not say it, nor do those made before it was written down.
+    """
+    differing = [name for name in one if one[name] != other[name]]
+    unsaid = None in (one.get("normalisation"), other.get("normalisation"))
+    return [name for name in differing if name != "normalisation" or not unsaid]
 
 
 # Kept beside coords, under TRIDENT's names, or derived; everything else is a root attribute.
@@ -202,10 +215,12 @@ def read_bag(path: str | os.PathLike[str]) -> Bag:
         OSError: The file cannot be opened.
     """
     path = Path(path)
-    with open_h5(path) as file, _damage_named(path):
-        features = _two_axes(path, "features", own_dataset(path, file, "features"))
+    with open_h5(path) as file, damage_named(path):
+        features_set = own_dataset(path, file, "features")
+        features = features_set[()].reshape(_two_axes(path, "features", features_set))
         coords_set = own_dataset(path, file, "coords")
-        coords = whole_pixels(path, _two_axes(path, "coords", coords_set))
+        coords = coords_set[()].reshape(_two_axes(path, "coords", coords_set))
+        coords = whole_pixels(path, coords)
         tokens = own_dataset(path, file, "tokens")[()] if "tokens" in file else None
         info = _read_info(path, file.attrs, coords_set.attrs)
     if features.dtype not in (np.float16, np.float32):
@@ -224,12 +239,18 @@ def read_info(path: str | os.PathLike[str]) -> tuple[BagInfo, dict[str, Any]]:
         OSError: The file cannot be opened.
     """
     path = Path(path)
-    with open_h5(path) as file, _damage_named(path):
+    with open_h5(path) as file, damage_named(path):
         features = own_dataset(path, file, "features")
         coords = own_dataset(path, file, "coords")
+        patches, width = _two_axes(path, "features", features)
+        if _two_axes(path, "coords", coords) != (patches, 2):
+            raise BagError(
+                f"{path}: features {features.shape} and coords {coords.shape}; a bag has (M, D) "
+                "and (M, 2). Make it again."
+            )
         shape = {
-            "patches": int(features.shape[-2]),
-            "embed_dim": int(features.shape[-1]),
+            "patches": patches,
+            "embed_dim": width,
             "features": str(features.dtype),
             "tokens": "tokens" in file,
         }
@@ -254,7 +275,7 @@ def open_h5(path: Path) -> h5py.File:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turn what h5py raises on damaged content into a BagError that names the file."""
     try:
         yield
@@ -378,13 +399,12 @@ def _whole(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _two_axes(path: Path, name: str, dataset: h5py.Dataset) -> np.ndarray:
-    array = dataset[()]
-    if array.ndim == 3 and array.shape[0] == 1:  # TRIDENT's, and CLAM's converters
-        array = array[0]
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.number):
+def _two_axes(path: Path, name: str, dataset: h5py.Dataset) -> tuple[int, ...]:
+    """Shape of a data set, without the leading axis of 1 of TRIDENT's and CLAM's converters."""
+    shape = dataset.shape[1:] if dataset.ndim == 3 and dataset.shape[0] == 1 else dataset.shape
+    if len(shape) != 2 or not np.issubdtype(dataset.dtype, np.number):
         raise BagError(
             f"{path}: {name} has shape {dataset.shape} and type {dataset.dtype}; expected two axes "
             "of numbers (or a third of length 1 before them)."
         )
-    return array
+    return shape

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from xmag_hf.reporting.records import versions
 from .embed import embed_slides
 from .encode import PatchEncoder
 from .options import EmbedError, EmbedOptions
+from .plan import patch_geometry
 from .records import PACKAGES, STAGES, RunSummary
 from .run import Progress, loaded_encoder
 from .sources import SlideSource
@@ -113,7 +115,8 @@ class EncoderTiming:
         gflops: Of one patch, two for a multiplication with its addition.
         sample: Patches that were timed.
         seconds: For the sample, the median of the rounds.
-        patches: Of one slide at this encoder's scale; None outside the paper's comparison.
+        patches: Of one slide, by the paper's count; None where its patches are not the paper's, or
+            outside the comparison.
         paper_seconds: For them, as the paper has it.
         share: Of the machine's matrix-product rate.
     """
@@ -148,7 +151,7 @@ class BenchReport:
         precision: It ran in, and the paper's encoders too.
         options: Of the embedding.
         passes: Cold and warm.
-        encoders: The model, with the paper's 554 patches, and the paper's three.
+        encoders: The model, with 554 patches if it takes the paper's, and the paper's three.
         matrix_product_rate: FLOP/s.
     """
 
@@ -192,8 +195,11 @@ def bench(
     # What is allocated and compiled at the first batch belongs to no slide.
     PatchEncoder(encoder)(np.zeros((size, side, side, 3), np.uint8))
     passes = time_slides(sources, encoder, options, progress=progress)
+    geometry = patch_geometry(encoder.card, options)
+    # The paper's count is of its own patches: others cut a slide into more or fewer.
+    as_paper = (geometry.patch_px, geometry.mpp, geometry.overlap) == (224, 2.0, 0)
     rows: list[tuple[str, Encoder, int | None, float | None]] = [
-        (encoder.name, encoder, PAPER[0][2] if what.paper else None, None)
+        (encoder.name, encoder, PAPER[0][2] if what.paper and as_paper else None, None)
     ]
     if what.paper:
         rows += paper_rows(encoder.device, encoder.precision)
@@ -265,18 +271,24 @@ def time_encoders(
     Returns:
         A timing for each, and the matrix-product rate, FLOP/s.
     """
-    side = rows[0][1].input_px
-    pixels = np.random.default_rng(0).integers(0, 256, (sample, side, side, 3), np.uint8)
+    pixels: dict[int, np.ndarray] = {}
+    for side in {encoder.input_px for _, encoder, _, _ in rows}:
+        generator = np.random.default_rng(0)
+        pixels[side] = generator.integers(0, 256, (sample, side, side, 3), np.uint8)
     encoders = [PatchEncoder(encoder, batch_size=batch_size) for _, encoder, _, _ in rows]
     gflops = [flops_per_patch(encoder) / 1e9 for _, encoder, _, _ in rows]
-    for encode in encoders:
-        encode(pixels)  # compiled, cached, allocated
+    work = [
+        partial(encode, pixels[encoder.input_px])
+        for encode, (_, encoder, _, _) in zip(encoders, rows, strict=True)
+    ]
+    for encode in work:
+        encode()  # compiled, cached, allocated
     seconds: list[list[float]] = [[] for _ in rows]
     rates = []
     for _ in range(rounds):
         rates.append(matrix_product_rate(rows[0][1].device, rows[0][1].precision))
-        for taken, encode in zip(seconds, encoders, strict=True):
-            taken.append(_clock(lambda encode=encode: encode(pixels), rows[0][1].device))
+        for taken, encode in zip(seconds, work, strict=True):
+            taken.append(_clock(encode, rows[0][1].device))
     rate = statistics.median(rates)
     timings = []
     for (name, encoder, patches, paper), cost, taken in zip(rows, gflops, seconds, strict=True):

@@ -19,7 +19,7 @@ from .filling import Filling
 from .options import EmbedError, EmbedOptions
 from .plan import patch_geometry, plan_slide
 from .read import read_patches
-from .records import RunSummary, SlideRecord, recall, write_summary
+from .records import RunSummary, SlideRecord, write_summary
 from .run import BATCHES_AHEAD, Progress, loaded_encoder, named_devices, patch_encoder, start_run
 from .sources import SlideSource
 
@@ -91,13 +91,14 @@ def embed_slides(
 
     Args:
         sources: The slides.
-        out_dir: Gets `<slide_id>.h5`, `previews/<slide_id>.png`, summary.csv and summary.json.
+        out_dir: Gets `<slide_id>.h5`, `previews/<slide_id>.png`, summary.csv and summary.json,
+            which keep the lines of earlier runs' other slides.
         encoder: A name for `load_encoder`; or loaded, then its device is the only one.
         options: Default `EmbedOptions()`.
         progress: Called after each batch and slide, or a few times a second.
 
     Returns:
-        The summary; slides that failed are in it, not raised.
+        The summary of this run; slides that failed are in it, not raised.
 
     Raises:
         EmbedError: No slides, ids that are no file names or stand for two slides, or an encoder
@@ -126,16 +127,10 @@ def embed_slides(
     except BaseException:
         if records:
             with contextlib.suppress(OSError):
-                _summarised(out_dir, tuple(records.values()), facts)
+                done = RunSummary(out_dir, tuple(records.values()), facts)
+                write_summary(done, ended=False)
         raise
-    return _summarised(out_dir, tuple(records[source.slide_id] for source in sources), facts)
-
-
-def _summarised(
-    out_dir: Path, records: tuple[SlideRecord, ...], facts: dict[str, Any]
-) -> RunSummary:
-    recall(records, out_dir)
-    summary = RunSummary(out_dir, records, facts)
+    summary = RunSummary(out_dir, tuple(records[source.slide_id] for source in sources), facts)
     write_summary(summary)
     return summary
 

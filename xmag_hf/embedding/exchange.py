@@ -19,6 +19,7 @@ from .bag import (
     Bag,
     BagError,
     BagInfo,
+    damage_named,
     open_h5,
     own_dataset,
     read_bag,
@@ -85,7 +86,7 @@ def import_bag(path: str | Path, source: str, **known: Any) -> Bag:
         path: HDF5 file: TRIDENT's features, one of CLAM's h5_files, or STAMP's.
         source: `trident`, `clam` or `stamp`.
         **known: Fields of `BagInfo` that the file does not say (encoder, mpp, patch_px, mpp0, ...).
-            STAMP's coordinates are um and need `mpp0`.
+            STAMP's coordinates are um and need `mpp0`; `encoder` wins over its `extractor`.
 
     Returns:
         The bag.
@@ -105,6 +106,8 @@ def import_bag(path: str | Path, source: str, **known: Any) -> Bag:
         bag = read_bag(path)
     info = bag.info
     given = {name: value for name, value in known.items() if value is not None}
+    if source == "stamp" and "encoder" in given:
+        info = dataclasses.replace(info, encoder=None)  # STAMP names encoders in its own way
     for name, value in given.items():
         said = getattr(info, name)
         if said is not None and not _same(said, value):
@@ -223,28 +226,43 @@ def _stamp(bag: Bag, out_dir: Path) -> dict[Path, bytes]:
     return {out_dir / f"{bag.slide_id}.h5": content}
 
 
+def stamp_extractor(path: Path) -> str | None:
+    """What one of STAMP's files calls its encoder: a name of STAMP's own. None if it says nothing.
+
+    Raises:
+        BagError: It is damaged.
+        OSError: It cannot be read.
+    """
+    with open_h5(path) as file, damage_named(path):
+        name = str(file.attrs.get("extractor", "unknown"))
+    return None if name == "unknown" else name
+
+
 def _read_stamp(path: Path, mpp0: float | None) -> Bag:
-    with open_h5(path) as file:
+    encoder = stamp_extractor(path)
+    with open_h5(path) as file, damage_named(path):
         if "feats" not in file:
             raise BagError(f"{path}: no 'feats' in it, so it is not one of STAMP's files.")
         feats, coords_um = (own_dataset(path, file, name)[()] for name in ("feats", "coords"))
-        attributes: dict[str, Any] = dict(file.attrs)
-    unit, kind = attributes.get("unit"), attributes.get("feat_type", "tile")
-    if unit != "um" or kind != "tile":
-        raise BagError(f"{path}: unit {unit!r}, feat_type {kind!r}; need tiles in um.")
+        unit, kind = file.attrs.get("unit"), file.attrs.get("feat_type", "tile")
+        if unit != "um" or kind != "tile":
+            raise BagError(f"{path}: unit {unit!r}, feat_type {kind!r}; need tiles in um.")
+        sides = {name: file.attrs.get(name) for name in ("tile_size_px", "tile_size_um")}
+        for name, side in sides.items():
+            if side is not None and not (math.isfinite(float(side)) and float(side) > 0):
+                raise BagError(f"{path}: {name} {side!r}; it must be a number above 0.")
+        if not np.isfinite(coords_um).all():
+            raise BagError(f"{path}: coordinates that are no numbers.")
     if mpp0 is None:
         raise BagError(
             f"{path}: STAMP's coordinates are um. Say the um/px of the slide's level 0 with --mpp0."
         )
-    side_px, side_um = attributes.get("tile_size_px"), attributes.get("tile_size_um")
-    extractor = str(attributes.get("extractor", "unknown"))
+    side_px, side_um = sides.values()
     info = BagInfo(
-        encoder=None if extractor == "unknown" else extractor,
+        encoder=encoder,
         patch_px=None if side_px is None else int(side_px),
         mpp=None if side_px is None or side_um is None else _tidy(float(side_um) / int(side_px)),
     )
-    if not np.isfinite(coords_um).all():
-        raise BagError(f"{path}: coordinates that are no numbers.")
     coords = np.rint(coords_um.astype(np.float64) / mpp0).astype(np.int64)
     if feats.dtype not in (np.float16, np.float32):
         feats = feats.astype(np.float32)

@@ -100,6 +100,7 @@ def _info(plan: SlidePlan, encoder: PatchEncoder, record: SlideRecord, head: str
         encoder_revision=encoder.encoder.revision,
         encoder_commit=encoder.encoder.card.commit,
         pooling=encoder.pooling,
+        normalisation=encoder.encoder.normalisation,
         precision=encoder.encoder.precision,
         mpp=geometry.mpp,
         patch_px=geometry.patch_px,

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from .sources import SlideSource
 # What results depend on.
 PACKAGES = ("torch", "numpy", "pillow", "h5py", "openslide-python", "openslide-bin")
 STAGES = ("open", "tissue", "read", "resample", "encode", "write")
+# What only the run that made a bag knows: not in the bag.
+RECALLED = ("grid_patches", "tissue_mm2", "tissue_share", "first_unreadable", "seconds")
 STATUSES = ("ok", "present", "no_tissue", "refused", "failed")
 
 
@@ -104,47 +106,73 @@ class RunSummary:
         return {status: counts[status] for status in STATUSES if counts[status]}
 
 
-def recall(records: Sequence[SlideRecord], out_dir: Path) -> None:
-    """Fill what an earlier summary of the folder knew of slides that were finished before.
+def write_summary(summary: RunSummary, *, ended: bool = True) -> None:
+    """Write summary.csv and summary.json into the run's folder, each complete or absent.
 
-    Bags do not hold how long they took, nor the slide's area of tissue.
+    Lines of slides that are not of this run stay as they were, behind its own: a folder may be
+    filled by several runs and machines. Of two that write at the same moment the later one wins,
+    without the other's new lines. Encoder, options and versions are those of the last run.
 
     Args:
-        records: Those that are `present` are changed.
-        out_dir: Of the run; without a readable summary.json nothing happens.
-    """
-    try:
-        text = (out_dir / "summary.json").read_text(encoding="utf-8")
-        earlier = {line["slide_id"]: line for line in json.loads(text)["records"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return
-    for record in records:
-        line = earlier.get(record.slide_id, {})
-        if record.status == "present" and line.get("status") in ("ok", "present"):
-            for name in ("grid_patches", "tissue_mm2", "tissue_share"):
-                setattr(record, name, line.get(name))
-            record.first_unreadable = line.get("first_unreadable", "")
-            seconds = line.get("seconds", {})
-            record.seconds |= {stage: seconds[stage] for stage in STAGES if stage in seconds}
-
-
-def write_summary(summary: RunSummary) -> None:
-    """Write summary.csv and summary.json into the run's folder, each complete or absent.
+        summary: Records that are `present` get what earlier lines know of them.
+        ended: False where the run was given up half way; else finished slides whose bag is gone
+            lose their line.
 
     Raises:
         OSError: The folder cannot be written.
     """
+    earlier = _earlier(summary.out_dir)  # only now, as other runs may have ended since the start
+    _recall(summary.records, earlier)
+    own = {record.slide_id for record in summary.records}
+    others = [
+        line
+        for name, line in earlier.items()
+        if name not in own and not (ended and _gone(line, summary.out_dir))
+    ]
+    whole = RunSummary(summary.out_dir, (*summary.records, *others), summary.facts)
     content = {
-        **summary.facts,
-        "slides": summary.counts,
-        "patches": sum(record.patches for record in summary.records),
-        "unreadable": sum(record.unreadable for record in summary.records),
+        **whole.facts,
+        "slides": whole.counts,
+        "patches": sum(record.patches for record in whole.records),
+        "unreadable": sum(record.unreadable for record in whole.records),
         "versions": versions(PACKAGES),
-        "records": [asdict(record) for record in summary.records],
+        "records": [asdict(record) for record in whole.records],
     }
     text = json.dumps(content, indent=1, allow_nan=False)
-    write_atomically(summary.out_dir / "summary.json", f"{text}\n")
-    write_atomically(summary.out_dir / "summary.csv", _table(summary.records))
+    write_atomically(whole.out_dir / "summary.json", f"{text}\n")
+    write_atomically(whole.out_dir / "summary.csv", _table(whole.records))
+
+
+def _earlier(out_dir: Path) -> dict[str, SlideRecord]:
+    """Records of the folder's summary.json by slide; none if it is not there or not readable."""
+    try:
+        text = (out_dir / "summary.json").read_text(encoding="utf-8")
+        return {line["slide_id"]: _read_record(line) for line in json.loads(text)["records"]}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _read_record(line: Mapping[str, Any]) -> SlideRecord:
+    """A record of any version: what it lacks is left open, what it has beyond ours is dropped."""
+    known: dict[str, Any] = {"patient_id": "", "path": ""}
+    known |= {f.name: line[f.name] for f in fields(SlideRecord) if f.name in line}
+    seconds = line.get("seconds", {})
+    known["seconds"] = {stage: seconds.get(stage, 0.0) for stage in STAGES}
+    return SlideRecord(**known)
+
+
+def _recall(records: Sequence[SlideRecord], earlier: Mapping[str, SlideRecord]) -> None:
+    """Fill in what bags that are `present` do not hold."""
+    for record in records:
+        line = earlier.get(record.slide_id)
+        if record.status == "present" and line and line.status in ("ok", "present"):
+            for name in RECALLED:
+                setattr(record, name, getattr(line, name))
+
+
+def _gone(record: SlideRecord, out_dir: Path) -> bool:
+    finished = record.status in ("ok", "present")
+    return finished and not (out_dir / f"{record.slide_id}.h5").exists()
 
 
 def _table(records: Sequence[SlideRecord]) -> str:

@@ -23,7 +23,7 @@ from xmag_hf.slides.tissue import METHOD as TISSUE_METHOD
 
 from .ahead import ahead
 from .annotation import annotation_method
-from .bag import BagError, read_info, write_bag
+from .bag import BagError, not_the_same, read_info, write_bag
 from .encode import PatchEncoder
 from .filling import Filling
 from .options import EmbedError, EmbedOptions
@@ -209,9 +209,8 @@ class Run:
             wanted["mpp0"] = "the file's own"
             found["mpp0"] = info.mpp0
         differing = [
-            f"{name} {found[name]!r} there, {value!r} asked for"
-            for name, value in wanted.items()
-            if found[name] != value
+            f"{name} {found[name]!r} there, {wanted[name]!r} asked for"
+            for name in not_the_same(wanted, found)
         ]
         if differing:
             record.status = "refused"
@@ -240,6 +239,7 @@ class Run:
             "encoder": encoder.encoder.name,
             "encoder_revision": encoder.encoder.revision,
             "pooling": encoder.pooling,
+            "normalisation": encoder.encoder.normalisation,
             "precision": encoder.encoder.precision,
             "mpp": geometry.mpp,
             "patch_px": geometry.patch_px,

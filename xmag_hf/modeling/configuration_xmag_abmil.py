@@ -26,6 +26,7 @@ class XMAGSlideHeadConfig(PreTrainedConfig):
         encoder: That made the bags, as `encoder` in their root attributes; None if they do not say.
         encoder_revision: Of that encoder.
         pooling: Of that encoder (`cls`, `mean`, `cls+mean`, `model`).
+        normalisation: Of the pixels that it saw, as bags write it; None if they do not say.
         mpp: um/px of the patches.
         patch_px: Side of a patch, px at `mpp`.
         target_magnification: Nominal, of bags that say no um/px.
@@ -46,6 +47,7 @@ class XMAGSlideHeadConfig(PreTrainedConfig):
         encoder: str | None = None,
         encoder_revision: str | None = None,
         pooling: str | None = None,
+        normalisation: str | None = None,
         mpp: float | None = None,
         patch_px: int | None = None,
         target_magnification: float | None = None,
@@ -57,6 +59,7 @@ class XMAGSlideHeadConfig(PreTrainedConfig):
         self.encoder = check_text("encoder", encoder)
         self.encoder_revision = check_text("encoder_revision", encoder_revision)
         self.pooling = check_text("pooling", pooling)
+        self.normalisation = check_text("normalisation", normalisation)
         # From 100x to a thumbnail, as for the encoder.
         self.mpp = None if mpp is None else check_range("mpp", mpp, 0.05, 20.0, low_ok=True)
         self.patch_px = None if patch_px is None else check_whole("patch_px", patch_px)

@@ -17,7 +17,7 @@ ENCODER_CONFIGS = {config.model_type: config for config in (XMAGConfig, XMAGLite
 HEAD_CONFIGS = {config.model_type: config for config in (XMAGABMILConfig, XMAGMeanPoolConfig)}
 # What readers of a head's configuration ask for, of the head in here.
 HEAD_FIELDS = (
-    *("encoder", "encoder_revision", "pooling", "mpp", "patch_px"),
+    *("encoder", "encoder_revision", "pooling", "normalisation", "mpp", "patch_px"),
     *("target_magnification", "embed_dim"),
 )
 LITE_STAGES = 7  # of EfficientNet-Lite0, behind its stem
