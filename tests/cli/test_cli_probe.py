@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -125,6 +126,34 @@ def test_counts_and_cells(tmp_path, cmu_pixels, capsys):
     assert {s["metric"] for s in row["scores"]} == {
         "Spearman long", "MAE long", "Spearman round", "MAE round",
     }  # fmt: skip
+
+
+def test_cells_are_counted_in_the_pixels_of_a_named_view(pair_corpus, tmp_path, capsys):
+    """A nucleus every 56 px of the 20x image; a cell of the 5x patch is 224 px of it wide."""
+    data = datasets.load_dataset(str(pair_corpus), split="train", cache_dir=str(tmp_path / "hf"))
+    for column in ("image_20x", "image_5x"):
+        data = data.cast_column(column, datasets.Image())
+    data.save_to_disk(str(tmp_path / "pairs"))
+    lines = ["image,x,y,type"]
+    for number in range(24):
+        for place in range(16 + number):
+            x, y = 56 * (place % 16) + 28, 56 * (place // 16) + 28
+            lines.append(f"train-{number:06d},{x},{y},t")
+    nuclei, out = tmp_path / "nuclei.csv", tmp_path / "out"
+    nuclei.write_text("\n".join(lines))
+    arguments = [
+        "probe", "--data", str(tmp_path / "pairs"), "--nuclei-csv", str(nuclei), "--dense",
+        "--group-column", "-", "--model", "random:tiny", "--out", str(out),
+        "--cache-dir", str(tmp_path / "cache"), "--samples", "20",
+        "--repeats", "1", "--folds", "2", "--quiet",
+    ]  # fmt: skip
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "image_20x, image_5x" in error and "--image-column image_20x" in error
+    assert not out.exists()
+    assert main([*arguments, "--image-column", "image_20x"]) == 0, capsys.readouterr().err
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert row["details"]["cells"]["nuclei"] == {"t": len(lines) - 1}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from xmag_hf.embedding import EmbedOptions, SlideSource, embed_slide
@@ -55,7 +57,9 @@ def slides(tmp_path_factory, cmu_pixels: np.ndarray) -> Path:
 def encoder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("encoder") / "xmag"
     torch.manual_seed(0)
-    config = XMAGConfig(hidden_size=96, num_attention_heads=3, num_hidden_layers=3)
+    config = XMAGConfig(
+        hidden_size=96, num_attention_heads=3, num_hidden_layers=3, licence="house-rules"
+    )
     XMAGModel(config).save_pretrained(folder)
     XMAGImageProcessor().save_pretrained(folder)
     return folder
@@ -126,6 +130,15 @@ def test_only_the_last_blocks_have_moved(finished, encoder: Path) -> None:
     values = sum(before[n].numel() for n in moved)
     card = (out / "heads" / "fold-1" / "README.md").read_text()
     assert f"1 stages frozen, {values:,} of its parameters trained" in card
+
+
+def test_its_card_says_whose_licence_it_carries(finished) -> None:
+    """It holds the encoder's weights, changed; and no pipeline takes a slide."""
+    out, _, _ = finished
+    card = ModelCard.load(out / "heads" / "fold-1" / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "see-card")
+    assert card.data.pipeline_tag is None
+    assert "a changed version: house-rules." in card.text.split("## Licence")[1].replace("\n", " ")
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -250,6 +263,18 @@ def test_bad_options_are_named(slides: Path, encoder: Path, tmp_path: Path) -> N
     natural = options(slides, Path("efficientnet-lite0"), tmp_path)
     with pytest.raises(MILError, match="end to end trains XMAG"):
         end_to_end(sources(slides), natural, EmbedOptions(mpp=2.0, slide_mpp=2.0))
+
+
+def test_an_encoder_used_to_other_pixels_is_refused(
+    slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    """Training would show it pixels normalised otherwise than those of its bags."""
+    other = Path(shutil.copytree(encoder, tmp_path / "other"))
+    file = other / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.7, 0.6, 0.7]}))
+    with pytest.raises(MILError, match=r"mean \(0.7, 0.6, 0.7\)"):
+        end_to_end(sources(slides), options(slides, other, tmp_path / "study"), READING)
+    assert not (tmp_path / "study" / "cache").exists()
 
 
 def test_every_view_and_every_slide_comes() -> None:

@@ -31,7 +31,15 @@ from xmag_hf.mil.heatmap_pictures import (
     pixel_means,
 )
 from xmag_hf.mil.qupath import qupath_geojson
-from xmag_hf.modeling import XMAGABMILConfig, XMAGABMILModel
+from xmag_hf.modeling import (
+    XMAGABMILConfig,
+    XMAGABMILModel,
+    XMAGConfig,
+    XMAGForSlideClassification,
+    XMAGMeanPoolConfig,
+    XMAGMeanPoolModel,
+    XMAGSlideConfig,
+)
 from xmag_hf.reporting.scale_bar import length_text, scale_bar_um
 from xmag_hf.slides import open_slide
 
@@ -281,6 +289,37 @@ def test_command_on_a_stored_bag(embedded: Path, capsys, monkeypatch) -> None:
     assert f"tissue: {name} {share:.3f}, {len(found)} patches" in capsys.readouterr().out
     with Image.open(embedded / "maps" / "tissue-top.png") as sheet:
         assert sheet.width > 2 * 200
+
+
+def test_a_map_of_what_is_left_of_a_slide_says_so(embedded: Path, capsys) -> None:
+    path = embedded / "bags" / "tissue.h5"
+    bag = read_bag(path)
+    write_bag(
+        path, dataclasses.replace(bag, info=dataclasses.replace(bag.info, unreadable_patches=4))
+    )
+    assert run_heatmap(embedded, "--bags", str(embedded / "bags")) == 1
+    printed = capsys.readouterr().out
+    assert "tissue: 4 patches could not be decoded" in printed
+    assert str(embedded / "maps" / "tissue.png") in printed
+    assert (embedded / "maps" / "tissue.png").is_file()
+
+
+@pytest.mark.parametrize("kind", ["head", "end to end"])
+def test_a_head_without_attention_is_refused_before_anything_is_embedded(
+    embedded: Path, kind: str, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("xmag_hf.embedding.embed_slides", pytest.fail)
+    config = XMAGMeanPoolConfig(embed_dim=192)
+    shutil.rmtree(embedded / "head")
+    if kind == "head":
+        XMAGMeanPoolModel(config).save_pretrained(embedded / "head")
+    else:
+        slide_config = XMAGSlideConfig(encoder_config=XMAGConfig(size="tiny"), head_config=config)
+        XMAGForSlideClassification(slide_config).save_pretrained(embedded / "head")
+    assert run_heatmap(embedded, "--model", "random:tiny") == 1
+    told = capsys.readouterr().err
+    assert f"--head {embedded / 'head'}: a mean-pool head" in told and "ABMIL" in told
+    assert not (embedded / "maps").exists()
 
 
 def test_command_embeds_what_has_no_bag(embedded: Path, capsys) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from xmag_hf.data_builders import CorpusError
 from xmag_hf.mil.errors import MILError
-from xmag_hf.mil.preset_labels import preset_labels, write_preset_labels
-from xmag_hf.mil.presets import PRESETS, load_preset, paper_row
+from xmag_hf.mil.options import StudyOptions
+from xmag_hf.mil.preset_labels import preset_labels, with_preset, write_preset_labels
+from xmag_hf.mil.presets import PRESETS, load_preset
 
 # Diagnostic slides as the GDC names them.
 LUAD = "TCGA-05-4244-01Z-00-DX1.d4ff32cd-38cf-40ea-8213-45c2b100ac01.svs"
@@ -44,15 +46,13 @@ def test_the_papers_numbers_hold_together() -> None:
             if cohort.class_slides:
                 assert sum(cohort.class_slides.values()) == cohort.slides
                 assert set(cohort.class_slides) == set(preset.classes)
-        assert paper_row(name).values == (paper_row(name).accuracy, paper_row(name).f1,
-                                          paper_row(name).auc)  # fmt: skip
     # Mean AUC of the four tasks as tables S1 to S4 have it: 0.903, 0.905, 0.911.
     for model, mean in (("XMAG", 0.903), ("Phikon", 0.905), ("UNI2", 0.911)):
-        found = sum(paper_row(name, model).auc[0] for name in PRESETS) / 4
-        assert found == pytest.approx(mean, abs=7e-4)
+        rows = [row for preset in PRESETS.values() for row in preset.paper if row.model == model]
+        assert len(rows) == 4 and sum(row.auc[0] for row in rows) / 4 == pytest.approx(
+            mean, abs=7e-4
+        )
     assert [c.available for c in load_preset("brca-odx").cohorts] == [True, False]
-    with pytest.raises(MILError, match="the paper has Phikon, UNI2, XMAG, not 'CTransPath'"):
-        paper_row("rcc", "CTransPath")
 
 
 def test_tcga_projects_become_classes(tmp_path: Path) -> None:
@@ -99,6 +99,42 @@ def test_cptac_tables(tmp_path: Path) -> None:
     named.write_text("Case_ID,Slide_ID\nC3N-00999,C3N-00211-22\n")
     with pytest.raises(MILError, match="line 2: slide C3N-00211-22 has case 'C3N-00999'"):
         preset_labels("nsclc", [named])
+
+
+@pytest.mark.parametrize("tissue", ["", "NA", "n/a"])
+def test_cptac_slides_of_unknown_tissue_are_no_tumours(tissue: str, tmp_path: Path, caplog) -> None:
+    table = tmp_path / "cohort.csv"
+    table.write_text(
+        "Tumor,Case_ID,Slide_ID,Specimen_Type\n"
+        "LUAD,C3L-00001,C3L-00001-21,tumor_tissue\n"
+        f"LUAD,C3L-00001,C3L-00001-26,{tissue}\n"
+        f"LSCC,C3N-00211,C3N-00211-21,{tissue}\n"
+    )
+    caplog.set_level("INFO", "xmag_hf")
+    assert [row.slide_id for row in preset_labels("nsclc", [table])] == ["C3L-00001-21"]
+    for tumour in ("LUAD", "LSCC"):
+        assert f"1 slides of '{tumour}, tissue unknown' left out" in caplog.text
+
+
+def test_a_heading_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("image_id,isup_grade,isup_grade\nabc,1,2\n")
+    with pytest.raises(MILError, match=r"train\.csv: column isup_grade stands there twice"):
+        preset_labels("panda-isup", [path])
+    path.write_text("image_id,isup_grade,note,note,\nabc,1,x,y,\n")
+    assert preset_labels("panda-isup", [path])[0].label == "ISUP-1"
+
+
+def test_the_external_cohort_is_called_as_one_says(tmp_path: Path) -> None:
+    gdc = sheet(tmp_path / "sheet.tsv", (LUAD, "TCGA-LUAD"))
+    cptac = tmp_path / "luad.csv"
+    cptac.write_text("Case_ID,Slide_ID,Specimen_Type\nC3L-00001,C3L-00001-21,tumor_tissue\n")
+    given = StudyOptions(
+        out=str(tmp_path / "o"), preset="nsclc", preset_files=(str(gdc), str(cptac)),
+        external_bags=("b",),
+    )  # fmt: skip
+    assert with_preset(given).external_name == "cptac"
+    assert with_preset(replace(given, external_name="lung-2")).external_name == "lung-2"
 
 
 def test_panda(tmp_path: Path) -> None:

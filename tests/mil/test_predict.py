@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiled_tiff import write_tiff
 
 from xmag_hf.cli.main import main
@@ -64,6 +66,19 @@ def test_prediction_is_the_models(head):
     np.testing.assert_allclose(made.probabilities, exp / exp.sum(), rtol=1e-6)
     np.testing.assert_allclose(made.attentions, output.attentions[0], rtol=1e-6)
     assert made.label == "abc"[int(exp.argmax())] and len(made.attentions) == 7
+
+
+def test_a_bag_of_other_pixels_is_refused_where_both_say(tmp_path: Path) -> None:
+    """The page of an encoder gave another mean: the same weights see other numbers."""
+    said = "rgb/255 mean=(0.5, 0.5, 0.5)"
+    model = load_head(make_head(tmp_path / "head", normalisation=said))
+    for normalisation in (said, None):
+        info = dataclasses.replace(INFO, normalisation=normalisation)
+        check_bag(model.config, bag_of("s", info=info))
+    with pytest.raises(MILError, match="normalisation 'rgb/255 mean=.0.7"):
+        info = dataclasses.replace(INFO, normalisation="rgb/255 mean=(0.7, 0.6, 0.7)")
+        check_bag(model.config, bag_of("s", info=info))
+    check_bag(load_head(make_head(tmp_path / "older")).config, bag_of("s", info=info))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +221,33 @@ def test_slides_are_embedded_as_the_head_wants(tmp_path, cmu_slide, capsys):
     assert answer.prediction is None and "none" in answer.reason
 
 
+def test_an_answer_from_what_is_left_of_a_slide_says_so(tmp_path, cmu_slide, capsys):
+    """Kept, with its reason, and exit code 1, as `xmag embed` ends for such a slide."""
+    student, slide = tmp_path / "student", tmp_path / "damaged.svs"
+    config = XMAGConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3)
+    XMAGModel(config).save_pretrained(student)
+    image_processor_for(config).save_pretrained(student)
+    encoder, whole = load_encoder(str(student)), cmu_slide.read_bytes()
+    slide.write_bytes(whole[:1_100_000] + bytes(100_000) + whole[1_200_000:])
+    bag = embed_slide(slide, encoder, EmbedOptions(mpp=2.0, patch_px=224))
+    lost = bag.info.unreadable_patches
+    assert lost and len(bag.features)
+    write_bag(tmp_path / "damaged.h5", bag)
+    head = make_head(tmp_path / "head", embed_dim=24, encoder=encoder.name,
+                     encoder_revision=encoder.revision)  # fmt: skip
+    expected, out = predict_bag(load_head(head), bag), tmp_path / "p.csv"
+    asked = ["--head", str(head), "--out", str(out), "--quiet"]
+    for given in ([str(slide), "--model", str(student)], [str(tmp_path / "damaged.h5")]):
+        assert main(["predict", *given, *asked]) == 1
+        printed = capsys.readouterr().out
+        assert f"damaged: {expected.label} " in printed
+        assert f"damaged: {lost} patches could not be decoded" in printed
+        with out.open(newline="") as stream:
+            (row,) = csv.DictReader(stream)
+        assert row["predicted"] == expected.label and row["patches"] == str(len(bag.features))
+        assert row["reason"].startswith(f"damaged: {lost} patches could not be decoded")
+
+
 def test_slides_of_another_nominal_scale_are_refused(tmp_path, caplog):
     """TRIDENT's files say no um/px and no encoder: their magnification, and a warning."""
     silent = {"encoder": None, "encoder_revision": None, "pooling": None, "mpp": None}
@@ -236,17 +278,42 @@ def test_what_was_answered_is_kept_when_the_rest_is_not(head, tmp_path, capsys, 
 
         return ask
 
+    older = "slide_id,predicted,p_a,patches,reason\n" + "x,a,1,7,\n" * 1000
+    out.write_text(older)
+    partial = tmp_path / "p.csv.partial"
     monkeypatch.setattr("xmag_hf.mil.predict.predict_bag", fails(KeyboardInterrupt()))
     assert main(asked) == 1
     told = capsys.readouterr()
-    assert "1 of 3 slides" in told.out and "resume" not in told.err
-    with out.open(newline="") as stream:
+    assert f"{partial}: 1 of 3 slides" in told.out and "resume" not in told.err
+    with partial.open(newline="") as stream:
         assert [row["slide_id"] for row in csv.DictReader(stream)] == ["a"]
+    assert out.read_text() == older
     monkeypatch.setattr("xmag_hf.mil.predict.predict_bag", fails(MemoryError()))
     assert main(asked) == 1
     assert "b: not enough memory" in capsys.readouterr().out
     with out.open(newline="") as stream:
         assert [row["predicted"] != "" for row in csv.DictReader(stream)] == [True, False, True]
+    assert not partial.exists()
+
+
+def test_sigterm_keeps_what_was_answered(head, tmp_path, capsys, monkeypatch):
+    """A scheduler's warning before it kills; afterwards the signal is what it was."""
+    for name in "abc":
+        write_bag(tmp_path / f"{name}.h5", bag_of(name))
+    out, before = tmp_path / "p.csv", signal.getsignal(signal.SIGTERM)
+
+    def ask(model, bag):
+        if bag.slide_id == "c":
+            signal.raise_signal(signal.SIGTERM)
+        return predict_bag(model, bag)
+
+    monkeypatch.setattr("xmag_hf.mil.predict.predict_bag", ask)
+    asked = ["predict", str(tmp_path), "--head", str(head), "--out", str(out), "--quiet"]
+    assert main(asked) == 1
+    assert "2 of 3 slides" in capsys.readouterr().out and not out.exists()
+    with (tmp_path / "p.csv.partial").open(newline="") as stream:
+        assert [row["slide_id"] for row in csv.DictReader(stream)] == ["a", "b"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_two_bags_of_one_name_are_refused(head, tmp_path, capsys):
@@ -276,7 +343,8 @@ def test_a_slide_without_tissue_is_no_failure(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "what", ["nothing", "empty", "study", "encoder", "no weights", "cut short", "other shapes"]
+    "what",
+    ["nothing", "empty", "study", "encoder", "no weights", "cut short", "other shapes", "gaps"],
 )
 def test_what_is_no_head(head, tmp_path, what):
     """A name that is no folder is not looked for on the Hub, which may be out of reach."""
@@ -304,5 +372,11 @@ def test_what_is_no_head(head, tmp_path, what):
         shutil.copytree(head, folder)
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"hidden_dim": 8', '"hidden_dim": 9'))
+    if what == "gaps":  # transformers would fill them at random, differently at each load
+        shutil.copytree(head, folder)
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["classifier.bias"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        words = f"{folder}: its weights lack classifier.bias"
     with pytest.raises(MILError, match=words):
         load_head(folder)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -196,6 +198,7 @@ def test_mixed_encoders(made, tmp_path, change, words):
         ("slide_id,patient_id,label\ns1,p1", "line 2: not as many fields"),
         ("slide_id,patient_id,label", "a header without lines"),
         ("", "it has nothing"),
+        ("slide_id,patient_id,label,label \ns1,p1,a,b", "column label stands there twice"),
     ],
 )
 def test_label_files_that_cannot_be_used(tmp_path, text, words):
@@ -203,6 +206,13 @@ def test_label_files_that_cannot_be_used(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(MILError, match=words):
         read_labels(path)
+
+
+def test_headings_that_nobody_reads_may_stand_twice(tmp_path):
+    """A spreadsheet leaves empty columns behind."""
+    path = tmp_path / "labels.csv"
+    path.write_text("slide_id,patient_id,label,note,note,,\ns1,p1,a,x,y,,\n")
+    assert [row.label for row in read_labels(path)] == ["a"]
 
 
 def test_classes_in_order(tmp_path):
@@ -271,6 +281,8 @@ def test_folds_written_and_read(made, tmp_path):
         (lambda rows: [row.__setitem__("fold", "0") for row in rows], "one fold only"),
         (lambda rows: [row.__setitem__("slide_id", "x" + row["slide_id"]) for row in rows],
          "names none of the 30 slides"),
+        (lambda rows: [row.__setitem__("fold ", "0") for row in rows],
+         "folds.csv: column fold stands there twice"),
     ],
 )  # fmt: skip
 def test_given_folds_that_cannot_be_used(made, tmp_path, change, words):
@@ -626,6 +638,21 @@ def test_refused_with_one_line(made, tmp_path, capsys, more, words):
     assert not list(tmp_path.glob("o*"))
 
 
+def test_bags_that_lack_patches_are_told_once(tmp_path, caplog):
+    lines = cohort_lines(20)
+    bags = make_bags(tmp_path / "bags", {slide: int(label[-1]) for slide, _, label in lines})
+    for name in ("s00", "s02", "s04", "s05"):
+        bag = read_bag(bags / f"{name}.h5")
+        info = dataclasses.replace(bag.info, unreadable_patches=3)
+        write_bag(bags / f"{name}.h5", dataclasses.replace(bag, info=info))
+    other = Path(shutil.copytree(bags, tmp_path / "other"))
+    labels = write_labels(tmp_path / "labels.csv", lines)
+    few = StudyOptions(labels=str(labels), out=str(tmp_path / "out"), samples=5, jobs=1, folds=2)
+    run_study([bags, other], few, dataclasses.replace(FAST, epochs=1))
+    (told,) = [text for text in caplog.messages if "could not be decoded" in text]
+    assert "4 slides" in told and "s00, s02, s04, ..." in told
+
+
 def test_bags_named_alike_and_none(made, tmp_path):
     make_bags(tmp_path / "bags", {"s00": 0})
     with pytest.raises(MILError, match="two folders of bags named 'bags'"):
@@ -721,6 +748,8 @@ def test_preset_options_that_contradict(tmp_path):
     both = StudyOptions(out=str(tmp_path / "o"), labels="l", preset="nsclc", preset_files=("f",))
     with pytest.raises(MILError, match="--preset makes them"):
         run_study([tmp_path], both, FAST)
+    with pytest.raises(MILError, match="--against-rest ISUP-0: --preset panda-isup"):
+        StudyOptions(out="o", preset="panda-isup", preset_files=("f",), against_rest="ISUP-0")
     table = tmp_path / "train.csv"
     table.write_text("image_id,data_provider,isup_grade,gleason_score\nab,karolinska,1,3+3\n")
     asked = StudyOptions(

@@ -81,6 +81,7 @@ a,0,0,epithelial
 a,9.99,5,epithelial
 a,10,5,inflammatory
 a,3,3,
+a,4,4,N/A
 b,1,1,inflammatory
 """
 
@@ -94,7 +95,7 @@ def nuclei(tmp_path: Path) -> Path:
 
 def test_nuclei_by_hand(nuclei: Path) -> None:
     types = nuclei_types(nuclei)
-    assert types == ("epithelial", "inflammatory")  # one of a's nuclei has no type
+    assert types == ("epithelial", "inflammatory")  # two of a's nuclei have no type
     boxes = np.array([[0, 0, 10, 10], [10, 0, 20, 10], [-np.inf, -np.inf, np.inf, np.inf]] * 2)
     ids = ["a", "a", "a", "b", "c", "b"]
     expected = [[2, 0], [0, 1], [2, 1], [0, 1], [0, 0], [0, 1]]
@@ -132,6 +133,8 @@ def test_more_than_half_of_the_images_without_a_line_are_refused(nuclei: Path) -
         ("field,x,y,type\na,1,one,t\n", ["a"], ["t"], "line 2: 'one'"),
         ("field,x,y,type\na,nan,1,t\n", ["a"], ["t"], "line 2: 'nan'"),
         ("field,x,y,type\n,1,1,t\n", ["a"], ["t"], "no image"),
+        ("field,x,y,type\nNA,1,1,t\n", ["a"], ["t"], "no image"),
+        ("field,x,y,x,type\na,1,1,9,t\n", ["a"], ["t"], "nuclei.csv: column x stands there twice"),
         ("field,x,y,type\n", ["a"], ["t"], "no nuclei"),
         (NUCLEI, ["a"], ["lymphocyte"], "lymphocyte.*epithelial, inflammatory"),
         (NUCLEI, ["z"], ["epithelial"], "names none of the 1 images"),

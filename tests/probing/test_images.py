@@ -84,6 +84,13 @@ def test_fingerprint_follows_pixels_and_scale_not_labels(folder):
         (",label,", ",diagnosis,", "no column 'label'.*diagnosis.*--label-column"),
         ("b,7,0.25", "b,,0.25", r"1 images of split 'all' have no patient_id \(rows 2\)"),
         ("b,7,0.25", "b,nan,0.25", r"1 images of split 'all' have no patient_id \(rows 2\)"),
+        ("b,7,0.25", "b,#N/A,0.25", r"1 images of split 'all' have no patient_id \(rows 2\)"),
+        (
+            ",b,7,0.25",
+            ",N/A ,7,0.25",
+            r"1 of 3 images of split 'all' have no label \(first: row 2\)",
+        ),
+        ("label,patient_id", "label,label", r"labels\.csv: column label stands there twice"),
         ("images/img2.png,b", "images/../images/img1.png,b", "img1.png more than once"),
         ("b,7,0.25", "\udce9,7,0.25", "Save it as UTF-8"),
     ],
@@ -173,6 +180,14 @@ def test_column_split_of_the_csv_is_used(folder):
         "train": ["img2", "img10"],
         "validation": ["img1"],
     }
+
+
+def test_a_line_without_a_split_is_no_split_of_its_own(folder):
+    lines = (folder / "labels.csv").read_text().splitlines()
+    added = zip(lines, ["split", "train", "NA", "train"], strict=True)
+    (folder / "labels.csv").write_text("\n".join(f"{line},{split}" for line, split in added))
+    with pytest.raises(ProbeError, match="line 3: split is empty"):
+        open_images(_options(folder))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from xmag_hf.reporting.tables import FILE_WIDTH, LEAST_WIDTH, Sheet, as_markdown, print_sheets
+from xmag_hf.reporting.tables import (
+    FILE_WIDTH,
+    LEAST_WIDTH,
+    Sheet,
+    as_markdown,
+    doubled_heading,
+    print_sheets,
+)
 
 SHEET = Sheet(
     "scores [v2]",
@@ -39,3 +46,9 @@ def test_markdown_keeps_every_cell() -> None:
     assert [[cell.replace("\0", "|") for cell in line] for line in lines] == [
         [cell.replace("\n", " ") for cell in line] for line in SHEET.lines
     ]
+
+
+def test_headings_that_stand_twice() -> None:
+    """Columns without a name, as spreadsheets leave them at the right, are read by nobody."""
+    assert doubled_heading(["a", "b", "c", "b", "a"]) == "b"
+    assert doubled_heading(["a", "b", "", ""]) is None

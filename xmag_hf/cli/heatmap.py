@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Write the files of every slide; 1 if one failed."""
+    """Write the files of every slide; 1 if one failed or lost patches."""
     from transformers.utils.logging import disable_progress_bar
 
     try:
@@ -38,17 +38,17 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except (CorpusError, EmbedError, MILError) as error:
         parser.error(str(error))
     disable_progress_bar()  # transformers' own, while weights are loaded
-    failed = 0
+    problems = 0
     for record in make_heatmaps(
         sources, args.head, args.out, options, encoder=args.model, reading=reading
     ):
-        failed += record.status == "failed"
-        if record.reason:
-            print(f"{record.status}: {record.reason}")
-        else:
+        problems += record.problem
+        if record.status == "ok":
             print(
                 f"{record.slide_id}: {record.label} {record.probability:.3f}, "
                 f"{record.patches:,} patches, {record.seconds:.1f} s -> "
                 f"{', '.join(str(path) for path in record.files)}"
             )
-    return 1 if failed else 0
+        if record.reason:
+            print(f"{'incomplete' if record.files else record.status}: {record.reason}")
+    return 1 if problems else 0

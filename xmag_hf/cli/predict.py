@@ -7,6 +7,7 @@ no table names the head's encoder, --model says where it is. Both at once is not
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 from xmag_hf.cli.options import new_file, read_options
@@ -28,13 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "slides; slides also by globs",
     )
     parser.add_argument(
-        "--out", required=True, type=new_file, metavar="CSV", help="gets a line a slide"
+        "--out",
+        required=True,
+        type=new_file,
+        metavar="CSV",
+        help="gets a line a slide, once all are done; what a stopped run had is in CSV.partial",
     )
     add_head_arguments(parser)
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Write the CSV and print it; 1 if there is no answer for a slide that has tissue."""
+    """Write the CSV and print it; 1 if a slide with tissue has no answer, or lost patches."""
     from transformers.utils.logging import disable_progress_bar
 
     from xmag_hf.mil.predict import (
@@ -48,7 +53,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     disable_progress_bar()
     bags = _bags(args, parser)
-    check_replaceable(args.out)
+    partial = args.out.with_name(f"{args.out.name}.partial")
+    for path in (args.out, partial):
+        check_replaceable(path)
     if bags:
         model = load_head(args.head)
         answers, names = predict_bags(model, bags), [path.stem for path in bags]
@@ -64,24 +71,29 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     warn_of_training_slides(args.head, names)
     told = []
     classes = [model.config.id2label[n] for n in range(model.config.num_labels)]
+    # SIGTERM, a scheduler's warning before it kills, then ends the loop as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with counting_bars(args.quiet) as advance:
             for answer in answers:
                 told.append(answer)
                 advance("slides", 1, len(names))
-    finally:  # what hours have given is kept, whatever ends the rest
+    finally:  # what hours have given is kept, and an older file of all slides too
+        signal.signal(signal.SIGTERM, before)
         if told:
-            write_answers(args.out, classes, told)
+            write_answers(partial, classes, told)
         if len(told) < len(names):
-            print(f"{args.out}: {len(told)} of {len(names)} slides; the rest was not reached")
+            print(f"{partial}: {len(told)} of {len(names)} slides; the rest was not reached")
+    partial.replace(args.out)
     for answer in told:
-        if answer.prediction is None:
-            print(f"{'skipped' if answer.skipped else 'failed'}: {answer.reason}")
-        else:
+        if answer.prediction is not None:
             share = answer.prediction.probabilities.max()
             print(f"{answer.slide_id}: {answer.prediction.label} {share:.3f}")
+        if answer.reason:
+            what = "skipped" if answer.skipped else "incomplete" if answer.prediction else "failed"
+            print(f"{what}: {answer.reason}")
     print(f"-> {args.out}")
-    return int(any(answer.prediction is None and not answer.skipped for answer in told))
+    return int(any(answer.problem for answer in told))
 
 
 def _bags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Path]:

@@ -37,7 +37,7 @@ def accuracy(y_true: Any, y_pred: Any) -> float:
     return _whole(_accuracy_form(y_true, y_pred), y_true)
 
 
-def f1(y_true: Any, y_pred: Any, average: Average = "macro", n_classes: int | None = None) -> float:
+def f1(y_true: Any, y_pred: Any, average: Average = "macro") -> float:
     """F1 averaged over classes.
 
     F1_c = 2 TP_c / (2 TP_c + FP_c + FN_c) = 2 TP_c / (true_c + predicted_c). `macro` is the plain
@@ -49,15 +49,14 @@ def f1(y_true: Any, y_pred: Any, average: Average = "macro", n_classes: int | No
         y_true: (n,) labels 0..C-1.
         y_pred: (n,) predicted labels.
         average: `macro` or `weighted`.
-        n_classes: C, where known: labels from C on are then an error.
 
     Returns:
         In 0..1.
 
     Raises:
-        EvaluationError: Empty, labels outside 0..C-1, lengths differ, or an unknown average.
+        EvaluationError: Empty, not integers, negative, lengths differ, or an unknown average.
     """
-    return _whole(_f1_form(y_true, y_pred, average, n_classes), y_true)
+    return _whole(_f1_form(y_true, y_pred, average), y_true)
 
 
 def roc_auc(y_true: Any, scores: Any) -> float:
@@ -236,15 +235,10 @@ def _accuracy_form(y_true: Any, y_pred: Any) -> WeightedForm:
     return lambda weights: weights @ right / weights.sum(axis=1)
 
 
-def _f1_form(
-    y_true: Any, y_pred: Any, average: Average = "macro", n_classes: int | None = None
-) -> WeightedForm:
+def _f1_form(y_true: Any, y_pred: Any, average: Average = "macro") -> WeightedForm:
     if average not in ("macro", "weighted"):
         raise EvaluationError(f"average: {average!r}; choose 'macro' or 'weighted'.")
-    labels, predicted = (
-        labels_of("y_true", y_true, n_classes),
-        labels_of("y_pred", y_pred, n_classes),
-    )
+    labels, predicted = labels_of("y_true", y_true), labels_of("y_pred", y_pred)
     same_length(y_true=labels, y_pred=predicted)
     size = int(max(labels.max(), predicted.max())) + 1
     pairs = labels * size + predicted

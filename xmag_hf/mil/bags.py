@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from xmag_hf.embedding.bag import open_h5, own_dataset, read_bag, read_info
 
 from .errors import MILError
+
+logger = logging.getLogger(__name__)
 
 _MAPPED_TYPES = (np.dtype("<f2"), np.dtype("<f4"))
 # Slides are sorted by length within so many batches: less padding, and still another mix an epoch.
@@ -38,6 +41,7 @@ class BagFile:
         dtype: Of the features as stored.
         offset: Of the features in the file, in bytes, where they lie there in one piece; else None.
         checksum: CRC-32 of the features.
+        lost: Patches of the slide that it lacks, since they could not be decoded.
     """
 
     path: Path
@@ -47,6 +51,7 @@ class BagFile:
     dtype: str
     offset: int | None
     checksum: int
+    lost: int = 0
 
     @property
     def slide_id(self) -> str:
@@ -90,6 +95,7 @@ def open_bag(path: Path) -> BagFile:
         dtype=dtype.str,
         offset=offset,
         checksum=0,
+        lost=info.unreadable_patches or 0,
     )
     features = np.ascontiguousarray(bag.features())
     bad = np.logical_not(np.isfinite(features).all(axis=1))
@@ -99,6 +105,17 @@ def open_bag(path: Path) -> BagFile:
             f"features, the first is row {int(bad.argmax())}. Embed the slide again."
         )
     return replace(bag, checksum=zlib.crc32(features.view(np.uint8).data))
+
+
+def warn_of_losses(bags: Iterable[BagFile]) -> None:
+    """Tell, once, how many slides have bags that lack patches, and the first of them."""
+    names = sorted({bag.slide_id for bag in bags if bag.lost})
+    if names:
+        logger.warning(
+            "%d slides lost patches that could not be decoded (%s); what is left of them is used. "
+            "Copy them again, remove their bags and embed them, or drop them from the labels.",
+            len(names), ", ".join(names[:3]) + ", ..." * (len(names) > 3),
+        )  # fmt: skip
 
 
 def _mapped_offset(file: h5py.File, dataset: h5py.Dataset) -> int | None:

@@ -46,8 +46,8 @@ class E2EOptions:
     head: str = _option(
         "abmil",
         f"from scratch ({HEADS_HELP}), or trained heads to go on from: a study of `xmag mil` "
-        "on bags of this encoder (head k for fold k, its folds kept), or one head's folder with "
-        "--folds 1",
+        "on bags of this encoder (head k for fold k; its folds and validation slides kept), or "
+        "one head's folder with --folds 1",
     )
     dropout: float = _option(HeadOptions.dropout, "in training, of a head from scratch")
     frozen_stages: int | None = _option(
@@ -78,7 +78,9 @@ class E2EOptions:
     )
     only: tuple[int, ...] = _option((), "train these folds only, 0 and up", metavar="K")
     validation_share: float = _option(
-        0.2, "of the training patients, kept apart for early stopping"
+        0.2,
+        "of the training patients, kept apart for early stopping; one of round(1 / share) parts, "
+        "so 0.4 is a half; with a trained head the slides that stopped it",
     )
     epochs: int = _option(10, "passes over the training slides at most; the cosine's length")
     patience: int = _option(3, "epochs without a lower validation loss before training ends")

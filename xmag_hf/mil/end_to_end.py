@@ -1,19 +1,18 @@
 """A study end to end: pixels of whole slides to classes, fold by fold.
 
-Folds, validation split and what is written are those of `study`; what differs is what is trained.
+Folds, validation split and what is written are as in `study`; what differs is what is trained.
 Every process of `accelerate launch` runs the same code; the first one writes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,10 @@ from xmag_hf.embedding.encode import own_pooling
 from xmag_hf.embedding.plan import PatchGeometry, patch_geometry
 from xmag_hf.encoders import Encoder, load_encoder
 from xmag_hf.hub.folders import save_folder
-from xmag_hf.lock import only_writer
 from xmag_hf.modeling import XMAGForSlideClassification
 from xmag_hf.modeling.convert import image_processor_for
 from xmag_hf.training.checkpoints import remove_checkpoints
-from xmag_hf.training.processes import open_accelerator
+from xmag_hf.training.processes import only_run, open_accelerator
 
 from .compare import CompareResult
 from .e2e_options import E2EOptions, recorded
@@ -45,15 +43,22 @@ from .e2e_training import (
     train_fold,
 )
 from .errors import MILError
-from .folds import make_folds, read_folds, validation_rows, warn_rare, write_folds
+from .folds import (
+    check_classes,
+    make_folds,
+    read_folds,
+    validation_rows,
+    warn_rare,
+    write_folds,
+)
 from .frozen_cache import FrozenCache, fill_cache, frozen_cache
 from .labels import Cohort, Exclusion, class_names, read_labels, read_lines
 from .options import HEADS, INTERNAL, HeadOptions
 from .predict import load_head
 from .report import Tested, write_report
 from .slide_models import SCRATCH, slide_model, stamp
-from .study import check_classes
 from .train import balanced_weights
+from .training_slides import stopping_rows, training_slides
 
 logger = logging.getLogger(__name__)
 
@@ -132,25 +137,8 @@ def end_to_end(
     """
     accelerator = _accelerator(options)
     check_sources(sources)
-    with _only_run(accelerator, Path(options.out).expanduser().resolve()):
+    with only_run(accelerator, Path(options.out).expanduser().resolve(), MILError):
         return _made(accelerator, sources, options, reading, advance)
-
-
-@contextlib.contextmanager
-def _only_run(accelerator: Accelerator, out: Path) -> Iterator[None]:
-    """`only_writer` for all processes of a run: the first has the lock, the others hear of it."""
-    with contextlib.ExitStack() as held:
-        refused = ""
-        if accelerator.is_main_process:
-            try:
-                held.enter_context(only_writer(out, MILError))
-            except (MILError, OSError) as error:  # told to all: they would wait for this one
-                refused = str(error)
-        if accelerator.num_processes > 1:
-            refused = gather_object([refused])[0]
-        if refused:
-            raise MILError(refused)
-        yield
 
 
 def _made(
@@ -182,8 +170,8 @@ def _made(
     _validation(planned, folds, chosen, options)
     for fold in chosen if options.head not in HEADS else ():
         _trained_head(encoder, planned, fold, options, geometry)
-    if accelerator.is_main_process and options.folds > 1:
-        warn_rare(planned, options.folds)
+    if accelerator.is_main_process:
+        _warn(planned, chosen, options)
     began = time.perf_counter()
     cohort = _filled(accelerator, cache, probe, cohort, sources, advance)
     seconds = time.perf_counter() - began
@@ -346,9 +334,28 @@ def _folds(cohort: Cohort, options: E2EOptions) -> tuple[Cohort, np.ndarray]:
 def _validation(
     cohort: Cohort, folds: np.ndarray, chosen: Sequence[int], options: E2EOptions
 ) -> dict[int, np.ndarray]:
-    """Validation slides of each fold, (n,) bool: those of `study` for the same folds and seed."""
-    share, seed = options.validation_share, options.seed
-    return {fold: validation_rows(cohort, folds != fold, share, seed) for fold in chosen}
+    """Validation slides of each fold, (n,) bool; for a trained head those that stopped it."""
+    made: dict[int, np.ndarray] = {}
+    for fold in chosen:
+        outside, rows = folds != fold, None
+        if options.head not in HEADS:
+            rows = stopping_rows(cohort, outside, _head_folder(options, fold))
+        if rows is None:
+            rows = validation_rows(cohort, outside, options.validation_share, options.seed)
+        made[fold] = rows
+    return made
+
+
+def _warn(cohort: Cohort, chosen: Sequence[int], options: E2EOptions) -> None:
+    """Say what makes a study weaker than it looks."""
+    if options.folds > 1:
+        warn_rare(cohort, options.folds)
+    if options.head not in HEADS and not training_slides(_head_folder(options, chosen[0])):
+        logger.warning(
+            "--head %s: no study beside it says from which slides it has learnt. Those among the "
+            "validation slides would keep the training going for too long.",
+            options.head,
+        )
 
 
 def _fold(
@@ -366,6 +373,9 @@ def _fold(
     folder = Path(options.out) / "heads" / f"fold-{fold}"
     record = record | {"fold": fold, "head_revision": record["head_revisions"][str(fold)]}
     del record["head_revisions"]  # of the other folds
+    validating = [str(name) for name in cohort.slide_ids[validation]]
+    if options.head not in HEADS:  # by the head's study, which no option tells
+        record["validation"] = hashlib.sha256(json.dumps(validating).encode()).hexdigest()[:16]
     test = np.flatnonzero(folds == fold)
     if (folder / "config.json").is_file():
         return _finished_fold(folder, fold, test, cohort, record)
@@ -397,6 +407,7 @@ def _fold(
             "best_epoch": progress.best_epoch,
             "history": progress.history,
             "trained_parameters": trained,  # of the encoder
+            "validation": validating,
             "test": [str(name) for name in cohort.slide_ids[test]],
             "probabilities": probabilities.tolist(),
         }
@@ -542,7 +553,9 @@ def _card(
     options, config = result["run"]["options"], model.config
     return f"""---
 library_name: transformers
-pipeline_tag: image-classification
+license: other
+license_name: see-card
+license_link: README.md#licence
 tags: [pathology, whole-slide-images, multiple-instance-learning, xmag]
 ---
 # {config.encoder_config.model_type} and {config.head_config.model_type}, trained end to end
@@ -550,7 +563,7 @@ tags: [pathology, whole-slide-images, multiple-instance-learning, xmag]
 Pixels of a whole slide, in patches of {config.patch_px} px at {config.mpp:g} um/px, to
 {", ".join(cohort.classes)}. Research only: not for diagnosis.
 
-- Encoder: started from {encoder.name} {encoder.revision} (licence: {encoder.licence}); the first
+- Encoder: started from {encoder.name} {encoder.revision}; the first
   {config.frozen_stages} stages frozen, {result["trained_parameters"]:,} of its parameters trained.
 - Slides: {len(cohort)} of {len(set(cohort.patient_ids))} patients, fold {result["run"]["fold"]} of
   {options["folds"]} left out; epoch {result["best_epoch"]} of {len(result["history"])} kept.
@@ -565,4 +578,9 @@ output.logits, output.attentions
 ```
 
 `xmag predict` and `xmag heatmap` take the folder as `--head`.
+
+## Licence
+
+The encoder's, of which this is a changed version: {encoder.licence}. Terms of slides and labels:
+not stated here; ask whoever trained this model.
 """

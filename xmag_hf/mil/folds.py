@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from xmag_hf.atomic_write import write_atomically
 
 from .errors import MILError
 from .labels import Cohort, read_lines
+from .options import VALIDATES
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ _SHUFFLES = 50
 def make_folds(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
     """Stratified folds by patient (scikit-learn's StratifiedGroupKFold).
 
-    The first of some shuffles that has every class in every fold; else the first of all, which is
-    refused if a fold cannot be trained or scored (`check_folds`).
+    The first of some shuffles that has every class in every fold; else the first whose folds can
+    all be trained and scored (`check_folds`).
 
     Args:
         cohort: Its slides are in the order of their ids, so folds do not depend on a CSV's order.
@@ -47,11 +48,18 @@ def make_folds(cohort: Cohort, n_folds: int, seed: int) -> np.ndarray:
             f"{cohort.name}: {len(set(patients))} patients for {n_folds} folds. Lower --folds."
         )
 
-    def usable(folds: np.ndarray) -> bool:
+    def good(folds: np.ndarray) -> bool:
         return all(len(set(labels[folds == k])) == len(cohort.classes) for k in range(n_folds))
 
+    def usable(folds: np.ndarray) -> bool:
+        try:
+            check_folds(cohort, folds)
+        except MILError:
+            return False
+        return True
+
     remedy = "Lower --folds, or merge classes."
-    made = _first_good(labels, patients, n_folds, seed, _assigned, usable, n_folds, remedy)
+    made = _first_good(labels, patients, n_folds, seed, _assigned, good, usable, n_folds, remedy)
     check_folds(cohort, made)
     return made
 
@@ -62,14 +70,15 @@ def validation_rows(cohort: Cohort, training: np.ndarray, share: float, seed: in
     Args:
         cohort: The slides.
         training: (n,) bool, slides outside the test fold.
-        share: Of the training patients; 1 / share is rounded to a whole number of parts.
+        share: Of the training patients; they are cut into round(1 / share) parts, one of which
+            is chosen.
         seed: Of the choice.
 
     Returns:
         (n,) bool, part of `training`, with at least one slide; every class stays in the rest.
 
     Raises:
-        MILError: Too few patients of a class to have it on both sides.
+        MILError: Too few patients of a class to train on it.
     """
     rows = np.flatnonzero(training)
     labels, patients = cohort.labels[rows], cohort.patient_ids[rows]
@@ -91,6 +100,7 @@ def validation_rows(cohort: Cohort, training: np.ndarray, share: float, seed: in
         labels, patients, parts, seed,
         lambda splits: assigned(*splits[0]),
         lambda part: sides(part) == (whole, whole),
+        lambda part: bool(part.any()) and sides(part)[1] == whole,
         2,
         "Raise --validation-share, or merge classes.",
     )  # fmt: skip
@@ -104,6 +114,26 @@ def validation_rows(cohort: Cohort, training: np.ndarray, share: float, seed: in
     chosen = np.zeros(len(cohort), dtype=bool)
     chosen[rows[part]] = True
     return chosen
+
+
+def share_of_patients(cohort: Cohort, part: np.ndarray, whole: np.ndarray) -> float:
+    """What `validation_rows` made of the share it was asked for; masks are (n,) bool."""
+    patients = cohort.patient_ids
+    return len(set(patients[part])) / len(set(patients[whole]))
+
+
+def check_classes(cohort: Cohort) -> None:
+    """Refuse a cohort that has lost all slides of a class.
+
+    Raises:
+        MILError: Naming the classes.
+    """
+    lost = [name for c, name in enumerate(cohort.classes) if not (cohort.labels == c).any()]
+    if lost:
+        raise MILError(
+            f"class {lost[0]!r}: none of its slides is left after exclusions. Embed them, or drop "
+            "the class from the labels."
+        )
 
 
 def check_folds(cohort: Cohort, folds: np.ndarray) -> None:
@@ -155,13 +185,27 @@ def warn_rare(cohort: Cohort, n_folds: int) -> None:
         )
 
 
-def write_folds(path: Path, cohort: Cohort, folds: np.ndarray) -> None:
-    """Write slide_id, patient_id, label, fold."""
+def write_folds(
+    path: Path, cohort: Cohort, folds: np.ndarray, validation: Sequence[np.ndarray] = ()
+) -> None:
+    """Write slide_id, patient_id, label, fold, and who validates.
+
+    Args:
+        path: Of the CSV.
+        cohort: The slides.
+        folds: (n,) int64.
+        validation: (n,) bool for each fold, its validation slides. Column `validates` has the
+            folds that a slide validates, with blanks between them; without any, no such column.
+    """
+    names = [cohort.classes[label] for label in cohort.labels]
+    columns = [cohort.slide_ids, cohort.patient_ids, names, folds.tolist()]
+    if validation:
+        told = np.stack(validation, axis=1)  # (n, folds)
+        columns.append([" ".join(map(str, np.flatnonzero(row))) for row in told])
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    names = [cohort.classes[label] for label in cohort.labels]
-    writer.writerows(zip(cohort.slide_ids, cohort.patient_ids, names, folds.tolist(), strict=True))
+    writer.writerow((*COLUMNS, VALIDATES)[: len(columns)])
+    writer.writerows(zip(*columns, strict=True))
     write_atomically(path, text.getvalue().encode())
 
 
@@ -220,12 +264,13 @@ def _first_good(
     seed: int,
     assigned: Callable[[Splits], np.ndarray],
     good: Callable[[np.ndarray], bool],
+    usable: Callable[[np.ndarray], bool],
     needed: int,
     remedy: str,
 ) -> np.ndarray:
-    """The first shuffle whose assignment is good, or else the first of all.
+    """The first shuffle whose assignment is good, or else usable, or else the first of all.
 
-    No assignment is good unless each class has `needed` patients; then one shuffle will do.
+    No assignment is good unless each class has `needed` patients; then the first usable will do.
     """
     fewest = min(len(set(patients[labels == label])) for label in set(labels))
     tried = []
@@ -243,9 +288,9 @@ def _first_good(
                 f"{len(labels)} slides, of no class more than {most}, cannot be split into {parts} "
                 f"parts. {remedy}"
             ) from error
-        if fewest < needed or good(tried[-1]):
+        if (usable if fewest < needed else good)(tried[-1]):
             return tried[-1]
-    return tried[0]
+    return next(filter(usable, tried), tried[0])
 
 
 def _assigned(splits: Splits) -> np.ndarray:

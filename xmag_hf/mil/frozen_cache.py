@@ -26,7 +26,7 @@ from xmag_hf.embedding.ahead import ahead
 from xmag_hf.embedding.options import EmbedOptions
 from xmag_hf.embedding.plan import PatchGeometry, SlidePlan, plan_slide
 from xmag_hf.embedding.read import PatchBatch, read_patches
-from xmag_hf.embedding.sources import SLIDE_FAULTS, SlideSource, reason_of
+from xmag_hf.embedding.sources import SLIDE_FAULTS, SlideSource, changed_at, reason_of
 from xmag_hf.encoder_files import tensors_digest
 from xmag_hf.modeling import XMAGForSlideClassification
 from xmag_hf.slides import sha256_head
@@ -78,10 +78,11 @@ class FrozenCache:
         except (OSError, KeyError) as error:
             raise MILError(f"{path}: damaged ({error}). Remove it and run again.") from error
 
-    def origin(self, slide_id: str) -> str:
-        """What a slide's rows were made from, see `_origin`."""
+    def origin(self, slide_id: str) -> tuple[str, int]:
+        """What a slide's rows were made from, see `_origin`; and how many patches they lack."""
         with h5py.File(self.path(slide_id), "r") as file:
-            return str(file.attrs["origin"])
+            attributes: Any = file.attrs
+            return str(attributes["origin"]), int(attributes["lost"])
 
 
 def frozen_cache(
@@ -158,7 +159,7 @@ def fill_cache(
         plan, origin = None, ""
         try:
             origin = _origin(cache, source)
-            if not _complete(cache, source.slide_id, origin):
+            if not _complete(cache, source, origin):
                 plan = plan_slide(source, cache.geometry, cache.options)
         except SLIDE_FAULTS as error:
             failed[source.slide_id] = reason_of(source.slide_id, error)
@@ -194,7 +195,6 @@ def _write(
 ) -> None:
     """Write one slide's file, whole or not at all."""
     slide_id, path = plan.source.slide_id, cache.path(plan.source.slide_id)
-    kept: list[np.ndarray] = []
     lost: list[tuple[int, str]] = []
     with atomic_file(path) as draft, h5py.File(draft.name, "w") as file:
         for batch in batches:
@@ -202,17 +202,22 @@ def _write(
             if len(batch.rows):
                 values = keep(torch.as_tensor(batch.pixels)).cpu().numpy()
                 _append(file, _in_type(values, cache.dtype, slide_id), len(plan.coords))
-                kept.append(batch.rows)
-        if not kept:
+        if "rows" not in file:
             first = f" First unreadable: {lost[0][1]}" if lost else ""
             raise _SlideFault(
                 f"{slide_id}: no patch of {plan.grid_patches} holds enough tissue, or could be "
                 f"decoded.{first} Look at it, or lower --tissue."
             )
-        file["coords"] = plan.coords[np.concatenate(kept)]
-        file.attrs.update({"origin": origin, "mpp0": plan.mpp0, "lost": len(lost)})
+        file.attrs.update({"origin": origin, "lost": len(lost)})
     if lost:
-        logger.warning("%s: %d patches could not be decoded.", slide_id, len(lost))
+        _warn_of_loss(slide_id, len(lost))
+
+
+def _warn_of_loss(slide_id: str, lost: int) -> None:
+    logger.warning(
+        "%s: %d patches could not be decoded; what is left of it is used. Copy the slide again.",
+        slide_id, lost,
+    )  # fmt: skip
 
 
 def _append(file: h5py.File, values: np.ndarray, most: int) -> None:
@@ -246,9 +251,18 @@ def _origin(cache: FrozenCache, source: SlideSource) -> str:
     return json.dumps([sha256_head(source.path), given, drawn])
 
 
-def _complete(cache: FrozenCache, slide_id: str, origin: str) -> bool:
-    """Whether the slide's file is there, whole and of this very slide, read in this very way."""
+def _complete(cache: FrozenCache, source: SlideSource, origin: str) -> bool:
+    """Whether the slide's file is there, whole and of this very slide, read in this very way.
+
+    One that lacks patches is not, if the slide was copied again since; else that is told again.
+    """
+    path = cache.path(source.slide_id)
     try:
-        return cache.path(slide_id).is_file() and cache.origin(slide_id) == origin
+        found, lost = cache.origin(source.slide_id)
     except (OSError, KeyError):
         return False  # made anew
+    if found != origin or (lost and changed_at(source.path) > path.stat().st_mtime):
+        return False
+    if lost:
+        _warn_of_loss(source.slide_id, lost)
+    return True

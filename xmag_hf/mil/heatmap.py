@@ -97,7 +97,7 @@ class HeatmapRecord:
         patches: In its bag.
         seconds: Without embedding.
         files: Written.
-        reason: Why it is not ok; empty if it is.
+        reason: Why it is not ok, or that patches of the slide are missing; else empty.
     """
 
     slide_id: str
@@ -108,6 +108,11 @@ class HeatmapRecord:
     seconds: float = 0.0
     files: tuple[Path, ...] = ()
     reason: str = ""
+
+    @property
+    def problem(self) -> bool:
+        """Whether somebody should look at the slide."""
+        return bool(self.reason) and self.status != "no_tissue"
 
 
 def make_heatmaps(
@@ -134,15 +139,19 @@ def make_heatmaps(
         A record a slide; a slide that fails does not end the run.
 
     Raises:
-        MILError: What `load_head` refuses, or slides without a bag whose encoder is not given or
-            is another one.
+        MILError: What `load_head` refuses, a head without attention, or slides without a bag whose
+            encoder is not given or is another one.
         EmbedError: The encoder or options cannot embed.
         OSError: `out` cannot be written.
     """
-    from .predict import load_head
+    from .predict import head_of, load_head
 
     bags = options.bags or out / BAGS
     model = load_head(head)
+    if head_of(model).config.model_type == "xmag_mean_pool":
+        raise MILError(
+            f"--head {head}: a mean-pool head, which has no attention to draw. Give an ABMIL head."
+        )
     warn_of_training_slides(head, [source.slide_id for source in sources])
     missing = [source for source in sources if not _bag_path(bags, source).is_file()]
     reading = reading or EmbedOptions()
@@ -204,7 +213,7 @@ def _one(
     out: Path,
     options: HeatmapOptions,
 ) -> HeatmapRecord:
-    from .predict import check_bag, predict_bag
+    from .predict import check_bag, patches_lost, predict_bag
 
     check_bag(model.config, bag)
     _check_slide(source, bag)
@@ -229,6 +238,7 @@ def _one(
         float(np.max(prediction.probabilities)),
         len(bag.features),
         files=tuple(files),
+        reason=patches_lost(bag),
     )
 
 

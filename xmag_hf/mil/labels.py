@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from xmag_hf.embedding.bag import BagError
+from xmag_hf.embedding.bag import BagError, not_the_same
+from xmag_hf.reporting.tables import MISSING, doubled_heading
 
 from .bags import BagContentError, BagFile, LabelledBags, open_bag
 from .errors import MILError
@@ -17,8 +18,6 @@ from .errors import MILError
 REST = "rest"
 # (what is counted, steps done since the last call, steps in all)
 Advance = Callable[[str, int, int], None]
-# What tables write where they know nothing, in small letters.
-MISSING = ("", "na", "n/a", "#n/a", "nan")
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,8 @@ def read_lines(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, 
     """(line number, column -> text) of a CSV that has `columns`; blanks around text are dropped.
 
     Raises:
-        MILError: No such file, a column is missing, no lines, or one with another number of fields.
+        MILError: No such file, a column is missing or there twice, no lines, or one with another
+            number of fields.
         OSError: The file cannot be read.
     """
     if not Path(path).is_file():
@@ -147,6 +147,9 @@ def read_lines(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, 
         raise MILError(
             f"{path}: no column {', '.join(missing)}; it has {', '.join(header) or 'nothing'}."
         )
+    twice = doubled_heading([name for name in header if name in columns])
+    if twice is not None:
+        raise MILError(f"{path}: column {twice} stands there twice. Drop or rename one.")
     for number, line in lines:
         if None in line or None in line.values():
             raise MILError(
@@ -292,5 +295,5 @@ def differences(one: BagFile, other: BagFile) -> str:
     """In what two bags' encoders differ, with both values; empty if they are the same."""
     ours, theirs = (bag.identity | {"embed_dim": bag.embed_dim} for bag in (one, other))
     return ", ".join(
-        f"{name} {ours[name]!r} and {theirs[name]!r}" for name in ours if ours[name] != theirs[name]
+        f"{name} {ours[name]!r} and {theirs[name]!r}" for name in not_the_same(ours, theirs)
     )

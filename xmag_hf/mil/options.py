@@ -16,7 +16,10 @@ HEADS_HELP = (
     "mean-pool: every patch counts the same, the baseline"
 )
 RESULTS = "results.json"  # of a study
+VALIDATES = "validates"  # column of a study's folds.csv: folds whose head a slide has stopped
 INTERNAL = "internal"  # the cohort that is cross-validated
+DEFAULT_FOLDS = 5
+EXTERNAL = "external"  # the other, where it is called nothing else
 
 
 def _option(default: Any, text: str, **metadata: Any) -> Any:
@@ -93,12 +96,18 @@ class StudyOptions:
         f"{HEADS_HELP}; several are compared on the same folds",
         metavar="NAME",
     )
-    folds: int = _option(5, "of the cross-validation, by patient")
+    folds: int | None = _option(
+        None,
+        "of the cross-validation, by patient; none: "
+        f"{DEFAULT_FOLDS}, or as many as --folds-csv has",
+    )
     folds_csv: str | None = _option(
         None, "folds of an earlier study (its folds.csv), to be used again", metavar="CSV"
     )
     validation_share: float = _option(
-        0.2, "of the training patients, kept apart for early stopping"
+        0.2,
+        "of the training patients, kept apart for early stopping; one of round(1 / share) parts, "
+        "so 0.4 is a half",
     )
     external_labels: str | None = _option(
         None, "labels of another cohort, on which every fold's head is tested", metavar="CSV"
@@ -106,7 +115,9 @@ class StudyOptions:
     external_bags: tuple[str, ...] = _option(
         (), "its bags: a folder for each of BAGS, in their order", metavar="DIR"
     )
-    external_name: str = _option("external", "what tables call it", metavar="NAME")
+    external_name: str = _option(
+        EXTERNAL, "what tables call it; a preset has a name for its own", metavar="NAME"
+    )
     samples: int = _option(1000, "bootstrap samples of the intervals")
     level: float = _option(0.95, "of the intervals")
     device: str = _option("auto", "cpu, cuda, cuda:1, ...; auto takes all GPUs there are")
@@ -121,7 +132,7 @@ class StudyOptions:
             raise MILError(
                 f"--head {' '.join(self.head)}: each of {', '.join(HEADS)} at most once."
             )
-        if self.folds < 2:
+        if self.folds is not None and self.folds < 2:
             raise MILError(f"--folds={self.folds}: cross-validation needs at least 2.")
         if not 0 < self.validation_share <= 0.5:
             raise MILError(f"--validation-share={self.validation_share}: above 0, at most 0.5.")
@@ -133,6 +144,11 @@ class StudyOptions:
             raise MILError(f"--jobs={self.jobs}: at least 1.")
         if not (self.preset or self.labels) or bool(self.preset) != bool(self.preset_files):
             raise MILError("give --labels, or --preset with --preset-files.")
+        if self.preset and self.against_rest is not None:
+            raise MILError(
+                f"--against-rest {self.against_rest}: --preset {self.preset} keeps its classes, as "
+                "the paper does. Give --labels instead of --preset."
+            )
         if not self.preset and bool(self.external_labels) != bool(self.external_bags):
             raise MILError("--external-labels and --external-bags: give both, or neither.")
         name = self.external_name

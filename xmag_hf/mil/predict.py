@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import xmag_hf  # noqa: F401  (registers the classes of heads with transformers)
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.embedding import Bag, EmbedOptions, SlideSource, read_bag
-from xmag_hf.embedding.bag import BagInfo
+from xmag_hf.embedding.bag import BagInfo, not_the_same
 from xmag_hf.embedding.folding import folded
 from xmag_hf.embedding.options import POOLINGS
 from xmag_hf.embedding.run import checked_device, one_device
@@ -53,7 +53,7 @@ class SlidePrediction:
 
 @dataclass(frozen=True, eq=False)
 class SlideAnswer:
-    """A line of the CSV: a prediction, or why there is none.
+    """A line of the CSV: a prediction, or why there is none, or why to doubt it.
 
     `skipped` means that nothing went wrong: the slide has no tissue to predict from.
     """
@@ -63,6 +63,11 @@ class SlideAnswer:
     prediction: SlidePrediction | None
     reason: str = ""
     skipped: bool = False
+
+    @property
+    def problem(self) -> bool:
+        """Whether somebody should look at the slide."""
+        return bool(self.reason) and not self.skipped
 
 
 def load_head(where: str | Path) -> Any:
@@ -94,7 +99,12 @@ def load_head(where: str | Path) -> Any:
                 f"--head {where}: is {config.model_type}, which is no head. Give a folder that "
                 "`xmag mil` or `xmag e2e` wrote (its head/, or one of its heads/)."
             )
-        model = AutoModel.from_pretrained(name, config=config)
+        model, report = AutoModel.from_pretrained(name, config=config, output_loading_info=True)
+        if report["missing_keys"]:  # they would hold random numbers, others at every load
+            raise MILError(
+                f"--head {where}: its weights lack {', '.join(sorted(report['missing_keys'])[:5])}."
+                " Copy or save the head again."
+            )
     except MILError:
         raise
     # A file cut short is a SafetensorError, weights of other shapes a RuntimeError.
@@ -126,7 +136,7 @@ def check_bag(config: Any, bag: Bag) -> None:
     """
     theirs = bag.identity | {"embed_dim": bag.features.shape[1]}
     ours = {name: getattr(config, name) for name in HEAD_IDENTITY}
-    told = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if ours[k] != theirs[k]]
+    told = [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in not_the_same(ours, theirs)]
     if told:
         raise MILError(
             f"{bag.slide_id}: not a bag for this head: {', '.join(told)}. Embed the slide as the "
@@ -136,6 +146,11 @@ def check_bag(config: Any, bag: Bag) -> None:
         raise MILError(f"{bag.slide_id}: an empty bag, without a patch; nothing to predict from.")
     if not np.isfinite(bag.features).all():
         raise MILError(f"{bag.slide_id}: NaN or infinite features. Embed the slide again.")
+
+
+def head_of(model: Any) -> Any:
+    """The head itself, also of an end-to-end model."""
+    return model.head if model.config.model_type == "xmag_slide" else model
 
 
 def predict_bag(model: Any, bag: Bag) -> SlidePrediction:
@@ -148,13 +163,34 @@ def predict_bag(model: Any, bag: Bag) -> SlidePrediction:
     Returns:
         The prediction.
     """
-    head = model.head if model.config.model_type == "xmag_slide" else model
+    head = head_of(model)
     features = torch.from_numpy(np.ascontiguousarray(bag.features)).to(head.device).float()
     with torch.inference_mode():
         output = head(features[None])
     probabilities = output.logits[0].double().softmax(dim=0).cpu().numpy()
     label = model.config.id2label[int(probabilities.argmax())]
     return SlidePrediction(probabilities, output.attentions[0].cpu().numpy(), label)
+
+
+def answer_of(model: Any, bag: Bag) -> SlideAnswer:
+    """What a head says of a bag, with a reason where the bag lacks patches of its slide.
+
+    Raises:
+        MILError: As `check_bag`.
+    """
+    check_bag(model.config, bag)
+    return SlideAnswer(bag.slide_id, len(bag.features), predict_bag(model, bag), patches_lost(bag))
+
+
+def patches_lost(bag: Bag) -> str:
+    """How many of its slide's patches a bag lacks, and what to do; empty if none."""
+    lost = bag.info.unreadable_patches
+    if not lost:
+        return ""
+    return (
+        f"{bag.slide_id}: {lost} patches could not be decoded; the answer is from the other "
+        f"{len(bag.features)}. Copy the slide again, and remove its bag if it has one."
+    )
 
 
 def predict_bags(model: Any, paths: Sequence[Path]) -> Iterator[SlideAnswer]:
@@ -169,9 +205,7 @@ def predict_bags(model: Any, paths: Sequence[Path]) -> Iterator[SlideAnswer]:
     """
     for path in paths:
         try:
-            bag = read_bag(path)
-            check_bag(model.config, bag)
-            answer = SlideAnswer(bag.slide_id, len(bag.features), predict_bag(model, bag))
+            answer = answer_of(model, read_bag(path))
         except SLIDE_FAULTS as error:
             answer = SlideAnswer(path.stem, 0, None, reason_of(path.stem, error))
         yield answer
@@ -217,8 +251,7 @@ def _embedded_answers(
             if not len(bag.features):
                 yield SlideAnswer(source.slide_id, 0, None, f"{source.slide_id}: no tissue", True)
                 continue
-            check_bag(model.config, bag)
-            answer = SlideAnswer(source.slide_id, len(bag.features), predict_bag(model, bag))
+            answer = answer_of(model, bag)
         except SLIDE_FAULTS as error:
             answer = SlideAnswer(source.slide_id, 0, None, reason_of(source.slide_id, error))
         yield answer

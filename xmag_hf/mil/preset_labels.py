@@ -18,10 +18,10 @@ from pathlib import Path
 
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.data_builders.tcga import parse_barcode, read_sample_sheet
+from xmag_hf.reporting.tables import MISSING, doubled_heading
 
 from .errors import MILError
-from .labels import MISSING
-from .options import StudyOptions
+from .options import EXTERNAL, StudyOptions
 from .presets import Preset, load_preset
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,12 @@ _KINDS = {
     "scores": SCORE_COLUMNS,
     "cptac": CPTAC_COLUMNS,
     "dhmc": DHMC_COLUMNS,
+}
+_READ = {  # all columns that are looked at
+    name
+    for columns in (*_KINDS.values(), (CPTAC_TUMOUR, CPTAC_TISSUE))
+    for names in columns
+    for name in names
 }
 _CPTAC_CASE = re.compile(r"^(C3[LN]-\d{5})(?:-\d{2})?$")
 
@@ -77,8 +83,8 @@ def preset_labels(name: str, files: Sequence[Path]) -> list[LabelRow]:
         Rows sorted by cohort and slide; what has no class of the preset is left out and logged.
 
     Raises:
-        MILError: A file of no known kind or of another preset, a needed file that is not given, no
-            row left, or a slide with two labels.
+        MILError: A file of no known kind or of another preset, a needed file that is not given, a
+            column that stands twice, no row left, or a slide with two labels.
         CorpusError: A GDC sample sheet that contradicts its barcodes.
         OSError: A file cannot be read.
     """
@@ -145,7 +151,7 @@ def with_preset(options: StudyOptions) -> StudyOptions:
         options: With `preset` and `preset_files`.
 
     Returns:
-        The same with labels, external_labels and external_name.
+        The same with labels and external_labels, and external_name where none was chosen.
 
     Raises:
         MILError: See `preset_labels`; label CSVs are given too; or no label file for the cohort
@@ -171,13 +177,14 @@ def with_preset(options: StudyOptions) -> StudyOptions:
                 f"preset {preset.name}: no labels of the cohort that is to {role} "
                 f"({wanted[role]}). Give its label file with --preset-files."
             )
+    name = options.external_name
     if not options.external_bags:
         return replace(options, labels=str(written[wanted["train"]]))
     return replace(
         options,
         labels=str(written[wanted["train"]]),
         external_labels=str(written[wanted["test"]]),
-        external_name=wanted["test"],
+        external_name=wanted["test"] if name == EXTERNAL else name,
     )
 
 
@@ -234,6 +241,9 @@ def _dialect(path: Path) -> tuple[str, list[str]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     delimiter, header = _dialect(path)
+    twice = doubled_heading([name for name in header if name in _READ])
+    if twice is not None:
+        raise MILError(f"{path}: column {twice} stands there twice. Drop or rename one.")
     with path.open(newline="", encoding="utf-8-sig") as stream:
         reader = csv.reader(stream, delimiter=delimiter)
         next(reader)
@@ -296,7 +306,7 @@ def _panda_rows(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _cptac_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Slides of tumour tissue; the tumour is a column, or stands in the file's name."""
+    """Slides with their tumour: a column, or in the file's name; other tissue is no class."""
     named = [code for code in ("LUAD", "LSCC") if code in path.name.upper()]
     for number, line in _lines(path):
         slide_id = Path(str(_pick(line, CPTAC_COLUMNS[0]))).name.removesuffix(".svs")
@@ -319,7 +329,11 @@ def _cptac_rows(path: Path) -> Iterator[tuple[str, str, str]]:
                 f"{path}: no column {' or '.join(CPTAC_TISSUE)}, so normal tissue would pass for "
                 "tumour. Download the slide table with it."
             )
-        yield slide_id, case, f"{tumour}, normal" if "normal" in tissue.lower() else tumour
+        if tissue.lower() in MISSING:
+            tumour = f"{tumour}, tissue unknown"
+        elif "normal" in tissue.lower():
+            tumour = f"{tumour}, normal"
+        yield slide_id, case, tumour
 
 
 def _dhmc_rows(path: Path) -> Iterator[tuple[str, str, str]]:

@@ -241,20 +241,3 @@ def load_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise MILError(f"preset {name!r}: none of {', '.join(PRESETS)}.")
     return PRESETS[name]
-
-
-def paper_row(name: str, model: str = "XMAG") -> PaperRow:
-    """The paper's values of a model for a preset.
-
-    Args:
-        name: Of the preset.
-        model: As the paper names it.
-
-    Raises:
-        MILError: No such preset or model.
-    """
-    preset = load_preset(name)
-    rows = {row.model: row for row in preset.paper}
-    if model not in rows:
-        raise MILError(f"preset {name}: the paper has {', '.join(rows)}, not {model!r}.")
-    return rows[model]

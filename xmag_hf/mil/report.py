@@ -1,4 +1,4 @@
-"""What is written of a study: predictions, scores, tables, pictures, results.json."""
+"""What is written of a study: predictions, scores, tables, pictures, results.json, heads' cards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from xmag_hf.atomic_write import write_atomically
+from xmag_hf.encoders import ENCODERS
+from xmag_hf.hub import HeadCardFacts, render_head_card
 from xmag_hf.reporting.pictures import draw_confusion
 from xmag_hf.reporting.records import EXACT_DIGITS, plain, versions
 
@@ -21,6 +23,7 @@ from .compare_report import comparison_markdown
 from .labels import Cohort
 from .options import INTERNAL, RESULTS
 from .pictures import draw_roc
+from .predict import HEAD_IDENTITY
 from .predictions import COLUMNS, FILE, read_predictions
 
 FORMAT, FORMAT_VERSION = "xmag-study", 1
@@ -149,3 +152,41 @@ def write_report(
     }
     write_atomically(folder / RESULTS, json.dumps(plain(record), indent=2, allow_nan=False))
     return result
+
+
+def head_card(
+    model: Any, cohorts: Sequence[Cohort], origin: str, results: str, options: dict[str, Any]
+) -> str:
+    """README.md of a head's folder.
+
+    Args:
+        model: The head.
+        cohorts: Whose slides are counted in it.
+        origin: Which head of which study it is, and from whom it has learnt.
+        results: Tables of scores, or where they are.
+        options: It was made with.
+    """
+    config: Any = model.config
+    identity = {name: getattr(config, name) for name in HEAD_IDENTITY}
+    known = ENCODERS.get(str(config.encoder))
+    counts = {
+        cohort.name: dict(
+            zip(cohort.classes, np.bincount(cohort.labels, minlength=len(cohort.classes)).tolist(),
+                strict=True)
+        )
+        for cohort in cohorts
+    }  # fmt: skip
+    return render_head_card(
+        HeadCardFacts(
+            model_type=config.model_type,
+            classes=[config.id2label[n] for n in range(config.num_labels)],
+            identity=identity,
+            encoder_licence=known.licence if known else None,
+            cohorts=counts,
+            patients={cohort.name: len(set(cohort.patient_ids)) for cohort in cohorts},
+            origin=origin,
+            results=results,
+            options=options,
+            versions=versions(PACKAGES),
+        )
+    )

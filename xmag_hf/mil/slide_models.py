@@ -46,7 +46,8 @@ def slide_model(
         The model, on the CPU, in eval mode.
 
     Raises:
-        MILError: Another encoder, or a number of stages that it does not have.
+        MILError: Another encoder, one with a normalisation of its own, or a number of stages that
+            it does not have.
     """
     config = getattr(encoder.model, "config", None)
     kind = getattr(config, "model_type", type(encoder.model).__name__)
@@ -54,6 +55,14 @@ def slide_model(
         raise MILError(
             f"{encoder.name}: is {kind}; end to end trains XMAG and XMAG-lite. Distil one "
             "(`xmag distill`), or take a student."
+        )
+    usual = image_processor_for(config)
+    if (encoder.mean, encoder.std) != (tuple(usual.image_mean), tuple(usual.image_std)):
+        raise MILError(
+            f"{encoder.name}: its image processor normalises with mean {encoder.mean} and sd "
+            f"{encoder.std}; end to end trains with XMAG's own, {tuple(usual.image_mean)} and "
+            f"{tuple(usual.image_std)}, to which these weights are not used. Distil a student, "
+            "whose processor is that."
         )
     trained = isinstance(head, torch.nn.Module)
     head_config: Any = copy.deepcopy(head.config if trained else head)
@@ -80,7 +89,7 @@ def stamp(model: XMAGForSlideClassification, geometry: PatchGeometry) -> None:
     encoder = own_encoder(model)
     config = model.config.head_config
     config.encoder, config.encoder_revision = encoder.name, encoder.revision
-    config.pooling = own_pooling(encoder)
+    config.pooling, config.normalisation = own_pooling(encoder), encoder.normalisation
     config.mpp, config.patch_px = geometry.mpp, geometry.patch_px
     config.target_magnification = None
 

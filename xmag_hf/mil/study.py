@@ -27,17 +27,24 @@ from xmag_hf._version import __version__
 from xmag_hf.atomic_write import write_atomically
 from xmag_hf.child_process import begin_child
 from xmag_hf.embedding.run import checked_device
-from xmag_hf.encoders import ENCODERS
-from xmag_hf.hub import HeadCardFacts, render_head_card, save_folder
+from xmag_hf.hub import save_folder
 from xmag_hf.lock import only_writer
-from xmag_hf.reporting.records import bare, plain, versions
+from xmag_hf.reporting.records import bare, plain
 
-from .bags import LabelledBags
+from .bags import LabelledBags, warn_of_losses
 from .compare import CompareOptions, CompareResult, compare_studies
 from .compare_report import comparison_markdown, write_comparison
 from .errors import MILError
 from .folds import COLUMNS as FOLD_COLUMNS
-from .folds import make_folds, read_folds, validation_rows, warn_rare, write_folds
+from .folds import (
+    check_classes,
+    make_folds,
+    read_folds,
+    share_of_patients,
+    validation_rows,
+    warn_rare,
+    write_folds,
+)
 from .labels import (
     Advance,
     Cohort,
@@ -48,11 +55,11 @@ from .labels import (
     read_labels,
     read_lines,
 )
-from .options import INTERNAL, RESULTS, HeadOptions, StudyOptions
-from .predict import HEAD_IDENTITY, load_head
+from .options import DEFAULT_FOLDS, INTERNAL, RESULTS, HeadOptions, StudyOptions
+from .predict import load_head
 from .preset_labels import with_preset
 from .presets import load_preset
-from .report import PACKAGES, Tested, score_study, write_report
+from .report import Tested, head_card, score_study, write_report
 from .train import Head, Training, precision_of, predict_head, train_head
 
 logger = logging.getLogger(__name__)
@@ -123,6 +130,7 @@ class _Plan:
     head: HeadOptions
     cohort: Cohort
     folds: np.ndarray
+    validation: tuple[np.ndarray, ...]
     external: Cohort | None
     studies: tuple[Study, ...]
     partial: Path
@@ -154,7 +162,8 @@ def run_study(
 
     Raises:
         MILError: Labels, bags, folds or an output folder that cannot be used, see `labels`,
-            `folds`; or another process works on the same `options.out`.
+            `folds`; another process works on the same `options.out`; or a process that trains was
+            killed or is out of memory.
         EmbedError: There is no such device.
         OSError: Something cannot be read or written.
     """
@@ -175,7 +184,7 @@ def _made(plan: _Plan, out: Path, advance: Advance | None) -> CompareResult:
         return _scores(plan, out)
     tasks = _tasks(plan)
     _open_partial(plan.partial, out, digest)
-    write_folds(plan.partial / "folds.csv", plan.cohort, plan.folds)
+    write_folds(plan.partial / "folds.csv", plan.cohort, plan.folds, plan.validation)
     undone = [task for task in tasks if not task.answers.is_file()]
     _train_all(undone, plan.options.jobs, plan.head, advance)
     for study in plan.studies:
@@ -248,34 +257,33 @@ def _plan(
     cohort = join(INTERNAL, rows, bag_folders, classes, advance)
     if options.folds_csv is None:
         check_classes(cohort)
-        folds = make_folds(cohort, options.folds, head.seed)
+        folds = make_folds(cohort, options.folds or DEFAULT_FOLDS, head.seed)
     else:
         cohort, folds = read_folds(Path(options.folds_csv), cohort)
         check_classes(cohort)
-    warn_rare(cohort, int(folds.max()) + 1)
+        if options.folds not in (None, folds.max() + 1):
+            raise MILError(
+                f"{options.folds_csv}: {folds.max() + 1} folds, and --folds {options.folds}. Leave "
+                "--folds out."
+            )
+    n_folds = int(folds.max()) + 1
+    options = dataclasses.replace(options, folds=n_folds)  # as it is told in results and cards
+    warn_rare(cohort, n_folds)
     for exclusion in cohort.exclusions:
         logger.warning("left out: %s: %s", exclusion.slide_id, exclusion.reason)
     external = _external(cohort, options, advance)
+    cohorts = [cohort] if external is None else [cohort, external]
+    warn_of_losses(bag for one in cohorts for files in one.bags for bag in files)
+    validation = tuple(
+        validation_rows(cohort, folds != fold, options.validation_share, head.seed)
+        for fold in range(n_folds)
+    )
     partial = out.with_name(f"{out.name}.partial")
     studies = tuple(
         Study(name, partial if len(names) == 1 else partial / name, kind, bags)
         for (bags, kind), name in names.items()
     )
-    return _Plan(options, head, cohort, folds, external, studies, partial)
-
-
-def check_classes(cohort: Cohort) -> None:
-    """Refuse a cohort that has lost all slides of a class.
-
-    Raises:
-        MILError: Naming the classes.
-    """
-    lost = [name for c, name in enumerate(cohort.classes) if not (cohort.labels == c).any()]
-    if lost:
-        raise MILError(
-            f"class {lost[0]!r}: none of its slides is left after exclusions. Embed them, or drop "
-            "the class from the labels."
-        )
+    return _Plan(options, head, cohort, folds, validation, external, studies, partial)
 
 
 def _external(cohort: Cohort, options: StudyOptions, advance: Advance | None) -> Cohort | None:
@@ -323,11 +331,8 @@ def _names(bag_folders: Sequence[Path], kinds: Sequence[str]) -> dict[tuple[int,
 def _tasks(plan: _Plan) -> list[FoldTask]:
     devices = _devices(plan.options.device)
     tasks = []
-    for fold in range(int(plan.folds.max()) + 1):
+    for fold, validation in enumerate(plan.validation):
         outside = plan.folds != fold
-        validation = validation_rows(
-            plan.cohort, outside, plan.options.validation_share, plan.head.seed
-        )
         for study in plan.studies:
             bags = plan.cohort.labelled(study.bags)
             tested = [bags.rows(~outside)]
@@ -434,7 +439,11 @@ def _open_partial(partial: Path, out: Path, digest: str) -> None:
 def _train_all(
     tasks: Sequence[FoldTask], jobs: int | None, head: HeadOptions, advance: Advance | None
 ) -> None:
-    """Train folds, several at once in processes of their own."""
+    """Train folds, several at once in processes of their own.
+
+    Raises:
+        MILError: A process was killed, or a GPU is out of memory; names what is not done.
+    """
     if not tasks:
         return
     total = head.epochs * len(tasks)
@@ -448,15 +457,29 @@ def _train_all(
     on_gpu = tasks[0].device != "cpu"
     jobs = jobs or (len({task.device for task in tasks}) if on_gpu else cores)
     jobs = min(jobs, len(tasks))
-    if jobs == 1:
-        for task in tasks:
-            train_fold(task, told)
-        return
+    try:
+        if jobs == 1:
+            for task in tasks:
+                train_fold(task, told)
+        else:
+            _train_apart(tasks, jobs, max(1, cores // jobs), told)
+    except (concurrent.futures.BrokenExecutor, torch.OutOfMemoryError) as error:
+        undone = [task for task in tasks if not task.answers.is_file()]
+        short = isinstance(error, torch.OutOfMemoryError)
+        raise MILError(
+            f"not done: {', '.join(f'{task.study.name} fold {task.fold}' for task in undone)}: "
+            + ("the GPU's memory is full" if short else "a process was killed, or did not start")
+            + f". Finished folds are kept: with a lower --jobs ({jobs}), or more memory free, the "
+            "same command goes on."
+        ) from error
+
+
+def _train_apart(
+    tasks: Sequence[FoldTask], jobs: int, threads: int, told: Callable[[int], None]
+) -> None:
     context = multiprocessing.get_context("spawn")  # a forked process has no usable GPU
     epochs = context.Queue()
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, context, _start_worker, (epochs, max(1, cores // jobs))
-    )
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (epochs, threads))
     with pool:
         pending = {pool.submit(_train_in_worker, task) for task in tasks}
         try:
@@ -489,19 +512,21 @@ def _conclude(plan: _Plan, study: Study, tasks: Sequence[FoldTask], digest: str)
     trained: list[dict[str, Any]] = []
     for task in tasks:
         with np.load(task.answers) as stored:
-            trained.append(json.loads(str(stored["training"])))
-            own = np.flatnonzero(plan.folds == task.fold)
+            outside = plan.folds != task.fold
+            share = share_of_patients(plan.cohort, plan.validation[task.fold], outside)
+            sizes = {
+                "training": len(task.training), "validation": len(task.validation),
+                "tested": len(task.tested[0]), "validation_share": share,
+            }  # fmt: skip
+            trained.append(json.loads(str(stored["training"])) | sizes)
+            own = np.flatnonzero(~outside)
             tested[0].append(Tested(plan.cohort, task.fold, own, stored["tested0"]))
             if plan.external is not None:
                 rows = np.arange(len(plan.external))
                 tested[1].append(Tested(plan.external, task.fold, rows, stored["tested1"]))
     losses = [entry["history"][entry["best_epoch"] - 1]["validation_loss"] for entry in trained]
     best = int(np.argmin(losses))
-    write_folds(study.folder / "folds.csv", plan.cohort, plan.folds)
-    sizes = [
-        {"training": len(t.training), "validation": len(t.validation), "tested": len(t.tested[0])}
-        for t in tasks
-    ]
+    write_folds(study.folder / "folds.csv", plan.cohort, plan.folds, plan.validation)
     record = {
         "study": digest,
         "name": study.name,
@@ -511,7 +536,7 @@ def _conclude(plan: _Plan, study: Study, tasks: Sequence[FoldTask], digest: str)
         "precision": _precision(plan.options),
         "options": _shown(plan.options) | dataclasses.asdict(plan.head),
         "classes": plan.cohort.classes,
-        "folds": [one | size for one, size in zip(trained, sizes, strict=True)],
+        "folds": trained,
         "published_fold": best,
     }
     options = plan.options
@@ -526,7 +551,7 @@ def _conclude(plan: _Plan, study: Study, tasks: Sequence[FoldTask], digest: str)
         "split). The results are those of all of them, each on slides it has not learnt from."
     )
     tables = comparison_markdown(result).replace("\n## ", "\n### ").replace("## ", "### ", 1)
-    card = _card(model, plan.cohorts, origin, tables, record["options"])
+    card = head_card(model, plan.cohorts, origin, tables, record["options"])
     history = (tasks[best].head / "training.json").read_text(encoding="utf-8")
     save_folder(model, None, card, study.folder / "head", {"training.json": history})
     return result
@@ -570,33 +595,4 @@ def _fold_card(task: FoldTask, model: Head, training: Training) -> str:
         f"{len(training.history)}."
     )
     results = "In the study's folder: a fold alone says little."
-    return _card(model, [], origin, results, dataclasses.asdict(task.options))
-
-
-def _card(
-    model: Head, cohorts: Sequence[Cohort], origin: str, results: str, options: dict[str, Any]
-) -> str:
-    config: Any = model.config
-    identity = {name: getattr(config, name) for name in HEAD_IDENTITY}
-    known = ENCODERS.get(str(config.encoder))
-    counts = {
-        cohort.name: dict(
-            zip(cohort.classes, np.bincount(cohort.labels, minlength=len(cohort.classes)).tolist(),
-                strict=True)
-        )
-        for cohort in cohorts
-    }  # fmt: skip
-    return render_head_card(
-        HeadCardFacts(
-            model_type=config.model_type,
-            classes=[config.id2label[n] for n in range(config.num_labels)],
-            identity=identity,
-            encoder_licence=known.licence if known else None,
-            cohorts=counts,
-            patients={cohort.name: len(set(cohort.patient_ids)) for cohort in cohorts},
-            origin=origin,
-            results=results,
-            options=options,
-            versions=versions(PACKAGES),
-        )
-    )
+    return head_card(model, [], origin, results, dataclasses.asdict(task.options))

@@ -17,6 +17,8 @@ import scipy.linalg
 from sklearn.model_selection import GroupKFold, KFold
 from sklearn.preprocessing import StandardScaler
 
+from xmag_hf.reporting.tables import MISSING, doubled_heading
+
 from .errors import ProbeError
 from .images import IMAGE_SUFFIXES
 
@@ -150,7 +152,7 @@ def nuclei_counts(
 
     Args:
         nuclei_csv: Columns image (or field), x, y (px of the image), type; a line a nucleus. An
-            empty type is allowed (a nucleus that nobody typed) and counted nowhere.
+            empty type, or NA, is allowed (a nucleus that nobody typed) and counted nowhere.
         ids: (N,) image of each box. Folders and endings of image files (here or in the CSV) are
             looked past where that leaves no doubt: f0 is images/f0.png.
         boxes: (N, 4) left, top, right, bottom in px of the image, right and bottom outside;
@@ -245,13 +247,17 @@ def _read_nuclei(path: Path) -> dict[str, list[tuple[float, float, str]]]:
                     f"{path}: columns {', '.join(names) or 'none'}; needs image (or field), x, y, "
                     "type."
                 )
+            twice = doubled_heading(names)
+            if twice is not None:
+                raise ProbeError(f"{path}: column {twice} stands there twice. Drop or rename one.")
             table: dict[str, list[tuple[float, float, str]]] = {}
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 point = (_pixel(row["x"], where), _pixel(row["y"], where))
                 name, kind = ((row[column] or "").strip() for column in (image, "type"))
-                if not name:
+                if name.lower() in MISSING:
                     raise ProbeError(f"{where}: no image; fill it or drop the line.")
+                kind = "" if kind.lower() in MISSING else kind
                 table.setdefault(name, []).append((*point, kind))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ProbeError(f"{path}: cannot be read as CSV: {error}.") from error

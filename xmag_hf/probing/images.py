@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xmag_hf.reporting.tables import MISSING, doubled_heading
+
 from .errors import ProbeError
 from .options import ProbeOptions
 
@@ -291,7 +293,7 @@ def _tables_of_csv(folder: Path, path: Path, options: ProbeOptions) -> dict[str,
     places: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         split = split_name(row["split"]) if "split" in header else "all"
-        if not split:
+        if _blank(split):
             raise ProbeError(f"{path} line {number + 2}: split is empty; fill it or drop the line.")
         places.setdefault(split, []).append(number)
     tables = {}
@@ -308,13 +310,17 @@ def _csv_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             rows = list(reader)
-            return list(reader.fieldnames or ()), rows
+            header = list(reader.fieldnames or ())
     except FileNotFoundError as error:
         raise ProbeError(f"--labels-csv {path}: no such file.") from error
     except UnicodeDecodeError as error:
         raise ProbeError(f"--labels-csv {path}: {error}. Save it as UTF-8.") from error
     except (OSError, csv.Error) as error:
         raise ProbeError(f"--labels-csv {path}: cannot be read as CSV: {error}.") from error
+    twice = doubled_heading(header)
+    if twice is not None:
+        raise ProbeError(f"{path}: column {twice} stands there twice. Drop or rename one.")
+    return header, rows
 
 
 def _table_of_folder(folder: Path) -> _Table:
@@ -514,8 +520,8 @@ def _groups(options: ProbeOptions, split: str, table: _Table) -> np.ndarray | No
 
 
 def _blank(value: Any) -> bool:
-    """None, NaN (also as pandas writes it), or nothing but space."""
-    return value is None or str(value).strip().lower() in ("", "nan")
+    """None, NaN, nothing but space, or what tables write instead."""
+    return value is None or str(value).strip().lower() in MISSING
 
 
 def _scales(options: ProbeOptions, split: str, table: _Table, image_column: str) -> np.ndarray:

@@ -118,7 +118,9 @@ class ProbeOptions:
         (), "types to count, in this order; none: all of the file", metavar="TYPE"
     )
     dense: bool = _option(
-        False, "also predict the counts under each cell of the 4 x 4 grid of a 5x patch"
+        False,
+        "also predict the counts under each cell of the 4 x 4 grid of a 5x patch; of image_20x and "
+        "image_5x, --image-column says which one's px the file of nuclei has",
     )
 
     out: str = _option("probe", "folder of results.json, predictions and the confusion picture")

@@ -22,7 +22,7 @@ from .counts import count_probe, images_without_nuclei, nuclei_counts, nuclei_ty
 from .dense import cell_boxes, check_cell_encoder, embed_cells
 from .errors import ProbeError
 from .features import check_scales, embed_images
-from .images import LabelledImages, open_images
+from .images import SCALED_COLUMNS, LabelledImages, open_images
 from .options import ProbeOptions
 from .protocols import (
     Predictions,
@@ -77,6 +77,12 @@ def _made(options: ProbeOptions, out: Path, advance: Advance) -> ProbeResult:
     began = time.perf_counter()
     rows = plan_rows(options)
     images = open_images(options, lambda done, total: advance("reading images", done, total))
+    if options.dense and images.views:
+        raise ProbeError(
+            f"--dense: {images.name} has {', '.join(SCALED_COLUMNS)}, and {options.nuclei_csv} has "
+            "pixels of one of them. Say which: --image-column image_20x, which every row can be "
+            "resampled from."
+        )
     for row in rows:
         check_scales(images.at(row.mpp), row.mpp, options.max_enlarge)
         if options.dense:

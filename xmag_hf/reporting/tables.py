@@ -1,12 +1,13 @@
 """Tables before they are drawn; for a terminal of 80 columns, and as Markdown.
 
-Numbers are never cut: a table that does not fit is made wider than the terminal.
+Numbers are never cut: a table that does not fit is made wider than the terminal. Also what tables
+of others mean: their marks for nothing, and headings that they have twice.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 # Below this, labels would be folded into single letters.
 LEAST_WIDTH = 78
 FILE_WIDTH = 160  # of tables that go into a file or a pipe
+# What tables write where they know nothing, in small letters.
+MISSING = ("", "na", "n/a", "#n/a", "nan")
+
+
+def doubled_heading(names: Sequence[str]) -> str | None:
+    """The first heading that stands twice; csv would take the last such column, in silence."""
+    return next((name for n, name in enumerate(names) if name and name in names[:n]), None)
 
 
 @dataclass(frozen=True)
