@@ -10,6 +10,8 @@ from typing import Any
 from xmag_hf.distillation.checkpoints import RESULT_FILE, SOURCES
 from xmag_hf.distillation.options import RESUMABLE_DIFFERENCES
 
+# What a row's own option makes its own, too: the margin around held-out bands, and the start.
+FOLLOWS = {"mpp_jitter": "split", "init": "start"}
 # No weight depends on these, and no score: the trainer's own list but for the pairs that it scores.
 FREE = RESUMABLE_DIFFERENCES - {"alignment_pairs"}
 
@@ -29,7 +31,8 @@ def refuse_mixed(students: Mapping[Path, Sequence[str]]) -> None:
         own = {name[2:].replace("-", "_") for name in options if name.startswith("--")}
         facts = {key: value for key, value in run["options"].items() if key not in own | FREE}
         # Older versions recorded less; what one side lacks is no difference.
-        facts |= {key: run[key] for key in SOURCES if key in run}
+        implied = {FOLLOWS.get(name) for name in own}
+        facts |= {key: run[key] for key in SOURCES if key in run and key not in implied}
         for key, value in facts.items():
             other, seen = first.setdefault(key, (folder, value))
             if seen != value:

@@ -92,6 +92,8 @@ def test_screening_refuses_rows_of_other_runs(tmp_path, study, monkeypatch, chan
     for row, (more, same) in zip(rows, SAME, strict=True):
         finished(tmp_path / screening.folder_name(row), more, **same)
     finished(tmp_path / screening.folder_name(screening.AGAIN), {"seed": 1})
+    wider = {"split": "with a margin around held-out bands"}
+    finished(tmp_path / screening.folder_name("um/px jitter 0.2"), {"mpp_jitter": 0.2}, **wider)
     screening.main()
     (tmp_path / "table.md").unlink()
     finished(tmp_path / screening.folder_name("centred targets"), changed, **facts)

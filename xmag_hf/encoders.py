@@ -415,7 +415,8 @@ def weights_licence(source: str | Path) -> str | None:
     """Licence of weights that a student may start from.
 
     Args:
-        source: As `build_student` takes it: a folder, a file in one, a Hub id or `timm:NAME`.
+        source: As `build_student` takes it: a folder, a file in one, a Hub id of the table or
+            `timm:NAME`; of another Hub id its `source_folder`.
 
     Returns:
         As the table, timm, or the folder's config or page say it; None where nobody said.

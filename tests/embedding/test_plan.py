@@ -156,6 +156,14 @@ def test_colours_that_were_left_out_are_told(tmp_path, tissue, caplog):
     assert "--tissue-geojson" in said
 
 
+def test_an_annotation_of_too_little_is_not_taken_for_ink(half):
+    annotate(half, {"type": "Polygon", "coordinates": [square(10, 10, 40, 40)]})
+    made = plan(half, tissue=0.5)
+    assert len(made.coords) == 0
+    said = no_tissue_reason(made)
+    assert "annotation" in said and "ink" not in said
+
+
 def square(x0, y0, x1, y1):
     return [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
 

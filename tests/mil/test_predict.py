@@ -314,6 +314,11 @@ def test_sigterm_keeps_what_was_answered(head, tmp_path, capsys, monkeypatch):
     with (tmp_path / "p.csv.partial").open(newline="") as stream:
         assert [row["slide_id"] for row in csv.DictReader(stream)] == ["a", "b"]
     assert signal.getsignal(signal.SIGTERM) is before
+    kept = (tmp_path / "p.csv.partial").read_text()  # another that is stopped earlier takes nothing
+    monkeypatch.setattr("xmag_hf.mil.predict.predict_bag", lambda *_: signal.raise_signal(15))
+    assert main(asked) == 1
+    assert "2 of 3 slides" in capsys.readouterr().out
+    assert (tmp_path / "p.csv.partial").read_text() == kept
 
 
 def test_two_bags_of_one_name_are_refused(head, tmp_path, capsys):

@@ -20,11 +20,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 from xmag_hf.cli.main import main
 from xmag_hf.embedding import Bag, BagInfo, read_bag, write_bag
 from xmag_hf.mil import HeadOptions, MILError, StudyOptions, load_head, run_study
-from xmag_hf.mil.bags import LabelledBags, open_bag, pad_bags, shuffled_batches
+from xmag_hf.mil.bags import LabelledBags, open_bag, pad_bags, shuffled_batches, spokesman
 from xmag_hf.mil.compare import CompareOptions, compare_studies
 from xmag_hf.mil.folds import make_folds, read_folds, validation_rows, write_folds
 from xmag_hf.mil.labels import Cohort, class_names, join, read_labels
-from xmag_hf.mil.train import balanced_weights, train_head
+from xmag_hf.mil.train import balanced_weights, build_head, train_head
 
 INFO = BagInfo(
     encoder="made-up", encoder_revision="1", pooling="cls", mpp=2.0, patch_px=224, mpp0=0.5
@@ -166,6 +166,22 @@ def test_several_encoders_share_their_slides(made, tmp_path):
     assert len(cohort) == 29 and cohort.exclusions[0].slide_id == "s00"
     assert [files[3].path.parent.name for files in cohort.bags] == ["bags", "other"]
     assert [files[3].slide_id for files in cohort.bags] == ["s04", "s04"]
+
+
+def test_one_bag_that_does_not_say_what_was_done_to_pixels_hides_no_other(made, tmp_path):
+    bags = make_bags(tmp_path / "bags", {"a": 0, "b": 1, "c": 0})
+    for name, mean in (("b", 0.5), ("c", 0.7)):
+        bag = read_bag(bags / f"{name}.h5")
+        info = dataclasses.replace(bag.info, normalisation=f"mean {mean}")
+        write_bag(bags / f"{name}.h5", dataclasses.replace(bag, info=info))
+    lines = [(name, name, label) for name, label in (("a", "0"), ("b", "1"))]
+    rows = read_labels(write_labels(tmp_path / "two.csv", lines))
+    cohort = join("internal", rows, [bags], ("0", "1"))
+    head = build_head("mean-pool", spokesman(cohort.bags[0]), ("0", "1"), None, HeadOptions())
+    assert head.config.normalisation == "mean 0.5"
+    rows = read_labels(write_labels(tmp_path / "three.csv", [*lines, ("c", "c", "0")]))
+    with pytest.raises(MILError, match="b and c are not of one encoder: normalisation 'mean 0.5'"):
+        join("internal", rows, [bags], ("0", "1"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Mode
 
 import xmag_hf.modeling.convert as convert_module
 from xmag_hf.cli.main import main
-from xmag_hf.modeling import XMAGConfig, XMAGLiteConfig, XMAGModel
+from xmag_hf.modeling import XMAGConfig, XMAGLiteConfig, XMAGLiteModel, XMAGModel
 from xmag_hf.modeling.convert import (
     CheckpointError,
     build_student,
@@ -399,6 +399,27 @@ def test_the_sources_normalisation_is_kept(tmp_path, capsys):
     _normalise(dinov2, rescale_factor=1.0)
     assert main(["convert", str(dinov2), str(tmp_path / "no")]) == 1
     assert "does not divide pixels by 255" in capsys.readouterr().err
+
+
+def test_timms_other_lite0_is_refused(tmp_path, capsys):
+    """Tensors of the same names and shapes, padded evenly: 13% other features."""
+    source = tmp_path / "timm"
+    source.mkdir()
+    network = timm.create_model("efficientnet_lite0", pretrained=False)
+    save_file(network.state_dict(), source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"architecture": "efficientnet_lite0"}))
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 1
+    assert "pads otherwise than tf_efficientnet_lite0" in capsys.readouterr().err
+
+
+def test_an_xmags_file_of_weights_is_that_xmag(tmp_path, capsys):
+    config = XMAGLiteConfig(mpp=1.0)
+    XMAGLiteModel(config).save_pretrained(tmp_path / "lite")
+    image_processor_for(config).save_pretrained(tmp_path / "lite")
+    file, out = tmp_path / "lite" / "model.safetensors", tmp_path / "out"
+    assert main(["convert", str(file), str(out)]) == 0
+    assert "copied" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["mpp"] == 1.0
 
 
 def test_the_sources_licence_goes_with_it(tmp_path):

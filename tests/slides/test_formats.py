@@ -144,6 +144,39 @@ def test_of_several_ome_images_the_largest_is_the_slide(tmp_path, pixels, how):
         assert (slide.read_region((0, 0), (900, 700), 0.25) == pixels).all()
 
 
+def test_levels_of_an_ome_tiff_that_openslide_sees_stay_with_it(tmp_path, pixels):
+    """Reduced directories beside the first, as libvips writes them: tifffile would lose them."""
+    path = tmp_path / "a.ome.tif"
+    xml = OME.format('PhysicalSizeX="0.5" PhysicalSizeY="0.5" SizeX="900" SizeY="700"')
+    with tifffile.TiffWriter(path) as file:
+        how = {"photometric": "rgb", "metadata": None, **TILED}
+        file.write(pixels, description=xml, **how)
+        file.write(pixels[::4, ::4], subfiletype=1, **how)
+    with open_slide(path) as slide:
+        assert slide.level_sizes == ((900, 700), (225, 175))
+        assert (slide.mpp0, slide.mpp_source) == (0.5, "ome")
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_without_imagecodecs_openslide_reads_what_it_can(
+    tmp_path, pixels, monkeypatch, caplog, images
+):
+    path = write_ome(tmp_path / "a.ome.tif", pixels, 0.5, "\u00b5m", compression="jpeg", **TILED)
+    if images == 2:
+        with tifffile.TiffWriter(path, ome=True) as file:
+            for image in (pixels[:300, :400], pixels):
+                file.write(image, photometric="rgb", compression="jpeg", **TILED)
+    monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {1: None})
+    if images == 2:
+        with pytest.raises(SlideOpenError, match=r"a.*xmag-hf\[tiff\]"):
+            open_slide(path)
+        return
+    with open_slide(path) as slide:
+        assert slide.level_sizes == ((900, 700),)
+        assert np.abs(slide.read_region((0, 0), (900, 700), 0.5).astype(int) - pixels).mean() < 8
+    assert "xmag-hf[tiff]" in caplog.text
+
+
 def test_one_ome_image_of_tiles_needs_no_other_reader(tmp_path, pixels):
     path = tmp_path / "a.ome.tif"
     physical = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}

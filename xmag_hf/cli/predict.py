@@ -7,6 +7,7 @@ no table names the head's encoder, --model says where it is. Both at once is not
 from __future__ import annotations
 
 import argparse
+import csv
 import signal
 from pathlib import Path
 
@@ -80,10 +81,12 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 advance("slides", 1, len(names))
     finally:  # what hours have given is kept, and an older file of all slides too
         signal.signal(signal.SIGTERM, before)
-        if told:
+        kept = _answers(partial)  # of an earlier run that was stopped later
+        if len(told) == len(names) or len(told) > kept:
             write_answers(partial, classes, told)
         if len(told) < len(names):
-            print(f"{partial}: {len(told)} of {len(names)} slides; the rest was not reached")
+            kept = max(kept, len(told))
+            print(f"{partial}: {kept} of {len(names)} slides; the rest was not reached")
     partial.replace(args.out)
     for answer in told:
         if answer.prediction is not None:
@@ -94,6 +97,14 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(f"{what}: {answer.reason}")
     print(f"-> {args.out}")
     return int(any(answer.problem for answer in told))
+
+
+def _answers(path: Path) -> int:
+    """Slides in a file of answers; 0 if it is not there."""
+    if not path.exists():
+        return 0
+    with path.open(newline="", encoding="utf-8") as stream:
+        return sum(1 for _ in csv.reader(stream)) - 1
 
 
 def _bags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Path]:

@@ -360,7 +360,7 @@ def make_row(reader: FolderReader | PartsReader, task: SpiderTask, missing: str)
                 raise SpiderError(
                     f"{where}: {error}. That says nothing of the image, so no record is left out "
                     "for it. Run the same command again once it can be read: finished shards are "
-                    "kept."
+                    "kept. If it never will be, remove the file, and its record is left out."
                 ) from error
         tiles.append(tile)
     if tiles[CENTRE_INDEX] is None:

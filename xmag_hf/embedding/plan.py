@@ -311,6 +311,8 @@ def no_tissue_reason(plan: SlidePlan) -> str:
         hint = " The slide is black: if it stores 16 bits and uses fewer, convert it to 8 bits."
     elif not _coloured(picture) and int(picture.min()) < GREY_TISSUE:
         hint = " The slide is grey, and tissue is found by its colour: give --tissue-geojson."
+    elif plan.source.tissue_geojson is not None:
+        hint = " Its annotation says where tissue is."
     elif (share := _left_out(picture, plan.overview.mask)) > LEFT_OUT:
         hint = " " + _left_out_hint(share)
     return (

@@ -107,6 +107,11 @@ def open_bag(path: Path) -> BagFile:
     return replace(bag, checksum=zlib.crc32(features.view(np.uint8).data))
 
 
+def spokesman(bags: Sequence[BagFile]) -> BagFile:
+    """The bag that speaks for the rest: the first that says what was done to pixels, if any."""
+    return next((bag for bag in bags if bag.identity["normalisation"] is not None), bags[0])
+
+
 def warn_of_losses(bags: Iterable[BagFile]) -> None:
     """Tell, once, how many slides have bags that lack patches, and the first of them."""
     names = sorted({bag.slide_id for bag in bags if bag.lost})

@@ -251,7 +251,8 @@ def refuse_other(what: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     if differences:
         raise MILError(
             f"{what} of another run:\n  " + "\n  ".join(differences) + "\nUse the same values to "
-            "go on, or another --out."
+            "go on, or another --out. (`slides` also differ once a damaged one was copied again, a "
+            "label or a fold was changed, or xmag_hf was: what is finished cannot go on then.)"
         )
 
 

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object, set_seed
 
 from xmag_hf._version import __version__
 from xmag_hf.embedding import EmbedOptions, SlideSource
+from xmag_hf.embedding.bag import not_the_same
 from xmag_hf.embedding.embed import check_sources
 from xmag_hf.embedding.encode import own_pooling
 from xmag_hf.embedding.plan import PatchGeometry, patch_geometry
@@ -498,12 +499,12 @@ def _trained_head(
         "encoder": encoder.name,
         "encoder_revision": encoder.revision,
         "pooling": own_pooling(encoder),
+        "normalisation": encoder.normalisation,
         "mpp": geometry.mpp,
         "patch_px": geometry.patch_px,
     }
     theirs = {name: getattr(head.config, name, None) for name in ours} | {"classes": classes}
-    wrong = [f"{name} {theirs[name]!r}, here {value!r}" for name, value in ours.items()
-             if theirs[name] != value]  # fmt: skip
+    wrong = [f"{name} {theirs[name]!r}, here {ours[name]!r}" for name in not_the_same(ours, theirs)]
     if wrong:
         raise MILError(f"--head {options.head}: trained on other bags: {'; '.join(wrong)}.")
     return head

@@ -12,7 +12,7 @@ import numpy as np
 from xmag_hf.embedding.bag import BagError, not_the_same
 from xmag_hf.reporting.tables import MISSING, doubled_heading
 
-from .bags import BagContentError, BagFile, LabelledBags, open_bag
+from .bags import BagContentError, BagFile, LabelledBags, open_bag, spokesman
 from .errors import MILError
 
 REST = "rest"
@@ -282,11 +282,12 @@ def check_same_encoder(bags: Sequence[BagFile]) -> None:
     Raises:
         MILError: Names two slides that differ, and in what.
     """
-    for bag in bags[1:]:
-        told = differences(bags[0], bag)
+    first = spokesman(bags)
+    for bag in bags:
+        told = differences(first, bag)
         if told:
             raise MILError(
-                f"{bag.path.parent}: {bags[0].slide_id} and {bag.slide_id} are not of one encoder: "
+                f"{bag.path.parent}: {first.slide_id} and {bag.slide_id} are not of one encoder: "
                 f"{told}. Keep one folder for each encoder."
             )
 

@@ -275,16 +275,25 @@ def head_encoder(model: Any, name: str | None, options: EmbedOptions) -> Encoder
             "table names. Say where that encoder is (--model)."
         )
     encoder = load_encoder(name or config.encoder, device=device, precision=options.precision)
-    found, wanted = (
-        {"encoder": encoder.name, "encoder_revision": encoder.revision},
-        {"encoder": config.encoder, "encoder_revision": config.encoder_revision},
-    )
-    if found != wanted:
+    found = {
+        "encoder": encoder.name,
+        "encoder_revision": encoder.revision,
+        "normalisation": encoder.normalisation,
+    }
+    wanted = {key: getattr(config, key) for key in found}
+    other = not_the_same(wanted, found)
+    if other:
         raise MILError(
-            f"--model {name or config.encoder}: is {found['encoder']} {found['encoder_revision']}, "
-            f"and this head takes bags of {wanted['encoder']} {wanted['encoder_revision']}."
+            f"--model {name or config.encoder}: is {_named(found, other)}, and this head takes "
+            f"bags of {_named(wanted, other)}."
         )
     return encoder
+
+
+def _named(identity: dict[str, Any], differing: Sequence[str]) -> str:
+    """Encoder and revision, and what was done to pixels where only that differs."""
+    text = f"{identity['encoder']} {identity['encoder_revision']}"
+    return f"{text}, {identity['normalisation']}" if list(differing) == ["normalisation"] else text
 
 
 def check_replaceable(path: Path) -> None:

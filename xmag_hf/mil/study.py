@@ -31,7 +31,7 @@ from xmag_hf.hub import save_folder
 from xmag_hf.lock import only_writer
 from xmag_hf.reporting.records import bare, plain
 
-from .bags import LabelledBags, warn_of_losses
+from .bags import LabelledBags, spokesman, warn_of_losses
 from .compare import CompareOptions, CompareResult, compare_studies
 from .compare_report import comparison_markdown, write_comparison
 from .errors import MILError
@@ -294,7 +294,7 @@ def _external(cohort: Cohort, options: StudyOptions, advance: Advance | None) ->
     rows = read_labels(Path(options.external_labels), options.label_column, options.against_rest)
     external = join(options.external_name, rows, folders, cohort.classes, advance)
     for ours, theirs in zip(cohort.bags, external.bags, strict=True):
-        told = differences(ours[0], theirs[0])
+        told = differences(spokesman(ours), spokesman(theirs))
         if told:
             raise MILError(
                 f"{ours[0].path.parent} and {theirs[0].path.parent}: bags of different encoders: "
@@ -469,8 +469,9 @@ def _train_all(
         raise MILError(
             f"not done: {', '.join(f'{task.study.name} fold {task.fold}' for task in undone)}: "
             + ("the GPU's memory is full" if short else "a process was killed, or did not start")
-            + f". Finished folds are kept: with a lower --jobs ({jobs}), or more memory free, the "
-            "same command goes on."
+            + ". Finished folds are kept: with more memory free"
+            + (f", or a lower --jobs ({jobs})," if jobs > 1 else "")
+            + " the same command goes on."
         ) from error
 
 

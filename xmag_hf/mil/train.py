@@ -20,7 +20,14 @@ from xmag_hf.modeling import (
     XMAGMeanPoolModel,
 )
 
-from .bags import BagFile, LabelledBags, batch_tensors, ordered_batches, shuffled_batches
+from .bags import (
+    BagFile,
+    LabelledBags,
+    batch_tensors,
+    ordered_batches,
+    shuffled_batches,
+    spokesman,
+)
 from .errors import MILError
 from .options import HeadOptions
 
@@ -132,7 +139,7 @@ def train_head(
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model: Any = build_head(kind, training.files[0], classes, weights, options)
+        model: Any = build_head(kind, spokesman(training.files), classes, weights, options)
         model.to(device)
         optimizer = torch.optim.AdamW(
             model.parameters(), options.learning_rate, weight_decay=options.weight_decay, fused=True

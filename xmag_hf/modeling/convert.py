@@ -241,7 +241,8 @@ def image_processor_for(model_or_config: Any, folder: Path | None = None) -> XMA
     pixels: dict[str, Any] = {}
     if isinstance(config, XMAGLiteConfig):
         pixels = {"image_mean": LITE_MEAN, "image_std": LITE_STD}
-    timms = _read_facts(folder, "config.json").get("pretrained_cfg", {})
+    timms = _read_facts(folder, "config.json")
+    timms = timms.get("pretrained_cfg", timms if "architecture" in timms else {})
     said = {f"image_{name}": timms[name] for name in ("mean", "std") if name in timms}
     said |= _read_facts(folder, "preprocessor_config.json")
     steps = [said.get("do_rescale", True), said.get("do_normalize", True)]
@@ -262,12 +263,13 @@ def _convert(
     subject = str(source)
     path, folder = _locate(subject), source_folder(source)
     said = _read_facts(folder, "config.json")
-    if path is not None and path == folder and said.get("model_type") in XMAG_CLASSES:
-        model = _load_xmag(path, said["model_type"], drop_path_rate)
+    if folder is not None and said.get("model_type") in XMAG_CLASSES:
+        model = _load_xmag(folder, said["model_type"], drop_path_rate)
     else:
         naming, tensors = _recognise(_read_tensors(subject, path), subject)
         if naming == "lite":
-            model = _convert_lite(tensors, subject, drop_path_rate)
+            named = subject.removeprefix("timm:") if path is None else said.get("architecture", "")
+            model = _convert_lite(tensors, subject, drop_path_rate, named)
         else:
             model = _convert_vit(tensors, naming, subject, drop_path_rate, said)
     found = _size_of(model.config)
@@ -496,8 +498,15 @@ def _infer_size(tensors: Mapping[str, Tensor], source: str) -> str:
     )
 
 
-def _convert_lite(tensors: dict[str, Tensor], source: str, drop_path_rate: float) -> XMAGLiteModel:
+def _convert_lite(
+    tensors: dict[str, Tensor], source: str, drop_path_rate: float, named: str = ""
+) -> XMAGLiteModel:
     """XMAG-lite from timm's names; the ImageNet classifier is left behind."""
+    if named.startswith("efficientnet_lite0"):  # the same tensors, padded otherwise
+        raise CheckpointError(
+            f"{source}: is timm's {named}, which pads otherwise than {TIMM_NAME}, which XMAG-lite "
+            "is, and so gives other features. Take one of that name."
+        )
     backbone = {k: t for k, t in tensors.items() if not k.startswith("classifier.")}
     model = XMAGLiteModel(XMAGLiteConfig(drop_path_rate=drop_path_rate))
     _load_checked(model, {f"backbone.{name}": t for name, t in backbone.items()}, source)

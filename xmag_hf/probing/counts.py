@@ -247,7 +247,7 @@ def _read_nuclei(path: Path) -> dict[str, list[tuple[float, float, str]]]:
                     f"{path}: columns {', '.join(names) or 'none'}; needs image (or field), x, y, "
                     "type."
                 )
-            twice = doubled_heading(names)
+            twice = doubled_heading([n for n in names if n in (image, "x", "y", "type")])
             if twice is not None:
                 raise ProbeError(f"{path}: column {twice} stands there twice. Drop or rename one.")
             table: dict[str, list[tuple[float, float, str]]] = {}

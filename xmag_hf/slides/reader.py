@@ -8,6 +8,7 @@ Coordinates are level-0 pixels, origin top left, (x, y); arrays are (height, wid
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from scipy.signal import lfilter
 
 from .errors import SlideOpenError, SlideReadError, SlideScaleError
 from .scale import number, resolve_mpp
-from .tiff import TiffHandle, check_tiles, count_directories, is_ome, is_tiff, open_tiff
+from .tiff import TiffHandle, check_tiles, count_images, is_ome, is_tiff, open_tiff
 
 # Largest glass is about 100 mm x 150 mm. A header that says more is damaged (or its um/px wrong),
 # and an overview of it might take all memory there is.
@@ -44,6 +45,7 @@ THUMBNAIL_LEAST_BLOCK_PX = 16  # blocks around damage are not cut smaller than t
 # Nor at all after this many: each costs another opening of the file, and a slide without any
 # readable tile would take hours.
 THUMBNAIL_MOST_FAILURES = 400
+logger = logging.getLogger(__name__)
 PLAIN_TIFF = "generic-tiff"  # OpenSlide's name for a TIFF of no vendor
 
 
@@ -476,13 +478,22 @@ def _opened(path: Path, slide_id: str) -> openslide.OpenSlide | TiffHandle:
         check_tiles(path)
         handle = openslide.OpenSlide(path)
         if handle.properties.get("openslide.vendor") == PLAIN_TIFF:
-            directories, full_size = count_directories(path)
+            images, below, full_size = count_images(path)
             # Of a plain TIFF OpenSlide takes the first directory and what is reduced beside it: in
             # OME-TIFF that may be a label, one channel, or a pyramid without its levels.
-            if directories > 1 and is_ome(handle.properties.get("tiff.ImageDescription", "")):
-                handle.close()
-                return open_tiff(path, slide_id)
-            if full_size > 1:
+            ome = is_ome(handle.properties.get("tiff.ImageDescription", ""))
+            if ome and (images > 1 or below):
+                try:
+                    opened = open_tiff(path, slide_id)
+                except SlideOpenError as error:
+                    if images > 1:
+                        handle.close()
+                        raise
+                    logger.warning("%s Its levels are not used until then: slower.", error)
+                else:
+                    handle.close()
+                    return opened
+            elif full_size > 1:
                 handle.close()
                 raise SlideOpenError(
                     f"{slide_id}: {path} holds {full_size} pages of one size (channels, focal "

@@ -33,7 +33,8 @@ PIXELS_ELEMENT = re.compile(r"<(?:\w+:)?Pixels\b([^>]*)>")
 ATTRIBUTE = re.compile(r"(\w+)\s*=\s*[\"']([^\"']*)[\"']")
 RESOLUTION_UNITS = {2: "inch", 3: "centimeter"}
 TILE_SIDES, TILE_BYTES, IMAGE_SIDES, SUB_DIRECTORIES = (322, 323), 325, (256, 257), 330  # tags
-WANTED_TAGS = (*IMAGE_SIDES, *TILE_SIDES, TILE_BYTES, SUB_DIRECTORIES)
+KIND, REDUCED = 254, 1  # NewSubfileType, and its bit of a reduced image
+WANTED_TAGS = (*IMAGE_SIDES, *TILE_SIDES, TILE_BYTES, SUB_DIRECTORIES, KIND)
 NUMBERS = {3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # types of tags: SHORT, LONG, IFD, ...
 MAX_TILES = 100_000_000
 MAX_TILE_PX = 1 << 26  # 8,192 px a side
@@ -71,6 +72,8 @@ class TiffHandle:
         try:
             series = max(self._file.series, key=_area)
             self._pages = [_checked(level, path) for level in series.levels]
+            for page in self._pages:
+                _check_codec(page.compression)
         except BaseException:
             self._file.close()
             raise
@@ -183,8 +186,8 @@ def open_tiff(path: Path, slide_id: str) -> TiffHandle:
         return TiffHandle(path)
     except ImportError as error:
         raise SlideOpenError(
-            f"{slide_id}: OpenSlide does not read the TIFF {path}, and what does is not installed "
-            f'({error}). `pip install "xmag-hf[tiff]"`, or convert it to a tiled TIFF.'
+            f"{slide_id}: what reads {path} well is not installed ({error}). "
+            '`pip install "xmag-hf[tiff]"`, or convert it to a tiled TIFF of 8-bit RGB.'
         ) from error
     except Exception as error:  # noqa: BLE001 - a damaged header can raise anything
         raise SlideOpenError(
@@ -225,17 +228,20 @@ def check_tiles(path: Path) -> None:
                 )
 
 
-def count_directories(path: Path) -> tuple[int, int]:
-    """Of a TIFF: (all directories, sub-directories included, those as large as the first).
+def count_images(path: Path) -> tuple[int, int, int]:
+    """Of a TIFF: (images, sub-directories, images as large as the first).
+
+    A directory that says it is a reduced one is no image of its own.
 
     Raises:
         OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         found = list(_directories(file))
-    sizes = [[tags[tag].tolist() for tag in IMAGE_SIDES] for tags in found]
     below = sum(len(tags[SUB_DIRECTORIES]) for tags in found)
-    return len(found) + below, sum(size == sizes[0] for size in sizes)
+    images = [tags for tags in found if not int(tags[KIND].max(initial=0)) & REDUCED]
+    sizes = [[tags[tag].tolist() for tag in IMAGE_SIDES] for tags in images]
+    return len(images), below, sum(size == sizes[0] for size in sizes)
 
 
 def _directories(file: BinaryIO) -> Iterator[dict[int, np.ndarray]]:
@@ -390,6 +396,16 @@ def _checked(level: Any, path: Path) -> Any:
                 "read alone"
             )
     return page
+
+
+def _check_codec(compression: int) -> None:
+    """Raise ImportError where decoding would say only later that imagecodecs is not there."""
+    import tifffile
+
+    try:
+        tifffile.TIFF.DECOMPRESSORS[compression]
+    except KeyError as error:
+        raise ImportError(error.args[0]) from error
 
 
 def _piece(page: Any) -> tuple[int, int]:

@@ -112,8 +112,13 @@ def only_run(
         if accelerator.is_main_process:
             try:
                 held.enter_context(only_writer(out, refusal, option))
-            except (refusal, OSError) as error:  # told to all: they would wait for this one
+            except refusal as error:  # told to all: they would wait for this one
                 refused = str(error)
+            except OSError as error:
+                refused = (
+                    f"{option} {out}: its lock cannot be made beside it: {error}. Choose a folder "
+                    "whose parent can be written."
+                )
         if accelerator.num_processes > 1:
             refused = gather_object([refused])[0]
         if refused:
