@@ -282,6 +282,8 @@ def check_same_encoder(bags: Sequence[BagFile]) -> None:
     Raises:
         MILError: Names two slides that differ, and in what.
     """
+    if not bags:
+        return
     first = spokesman(bags)
     for bag in bags:
         told = differences(first, bag)
