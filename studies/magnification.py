@@ -456,6 +456,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(rows)), [c["measure"] for c in rows])
         axis.set_title(f"{a}\nminus {b}", fontsize=10)
         axis.set_xlabel("difference, 95% CI")
+        axis.tick_params(labelbottom=True)  # shared axes show them in the last line only
     grid[0, 0].invert_yaxis()
     figure.savefig(path, dpi=150)
 
