@@ -369,6 +369,7 @@ def test_licence_of_a_start(tmp_path):
     assert weights_licence(folder) == "mit"
     XMAGConfig(**NARROW, licence="CC-BY-4.0").save_pretrained(folder)
     assert weights_licence(folder / "model.safetensors") == "CC-BY-4.0"
+    (folder / "anybodys.pth").touch()
     assert weights_licence(folder / "anybodys.pth") is None
     assert weights_licence("facebook/dinov2-base") == "Apache-2.0"
     assert weights_licence("timm:vit_small_patch14_dinov2") == "apache-2.0"

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from xmag_hf.encoder_files import (
     NETWORK_ERROR,
     NOT_STATED,
-    WEIGHT_FILES,
     EncoderCard,
     EncoderError,
     Triple,
@@ -415,17 +414,23 @@ def weights_licence(source: str | Path) -> str | None:
     """Licence of weights that a student may start from.
 
     Args:
-        source: As `build_student` takes it: a folder, a file in one, a Hub id of the table or
-            `timm:NAME`; of another Hub id its `source_folder`.
+        source: As `build_student` takes it: a folder, a file in one, a Hub id or `timm:NAME`.
 
     Returns:
         As the table, timm, or the folder's config or page say it; None where nobody said.
+
+    Raises:
+        WeightsUnavailableError: It is nowhere, or cannot be fetched.
     """
+    from xmag_hf.modeling.convert import source_folder
+
     if str(source).startswith("timm:"):
         return timm_card(str(source), None).licence
     rows = [card.licence for card in ENCODERS.values() if card.repository == str(source)]
-    path = Path(source).expanduser()
-    return rows[0] if rows else folder_licence(path.parent if path.name in WEIGHT_FILES else path)
+    if rows:
+        return rows[0]
+    folder = source_folder(source)
+    return folder_licence(folder) if folder else None
 
 
 def check_encoder(name: str, *, revision: str | None = None) -> EncoderCard:

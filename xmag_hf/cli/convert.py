@@ -37,8 +37,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     )
 
     model, source = convert_checkpoint(args.source, args.size), source_folder(args.source)
-    licence = weights_licence(args.source) or (source and weights_licence(source))
-    model.config.licence = model.config.licence or licence
+    model.config.licence = model.config.licence or weights_licence(args.source)
     kind, count, copied = model.config.model_type, model.num_parameters(), is_xmag(source)
     local = Path(args.source)
     name = local.name if local.exists() else args.source

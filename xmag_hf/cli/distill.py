@@ -79,12 +79,10 @@ def _refuse_start(options: DistillOptions) -> None:
 def _start_licence(options: DistillOptions) -> str | None:
     """Licence of the starting weights; None where nobody said."""
     from xmag_hf.encoders import weights_licence
-    from xmag_hf.modeling.convert import DEFAULT_INIT, source_folder
+    from xmag_hf.modeling.convert import DEFAULT_INIT
 
     start = options.init or DEFAULT_INIT[options.student]
-    if start in START_LICENCES:
-        return START_LICENCES[start]
-    return weights_licence(start) or weights_licence(source_folder(start) or start)
+    return START_LICENCES[start] if start in START_LICENCES else weights_licence(start)
 
 
 def _save_and_score(result: DistillResult) -> bool:
